@@ -1,0 +1,43 @@
+// Checks of what a binding was handed: the sentence names the argument, what was expected and what came.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace edlm {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  return text + "]";
+}
+
+// Python checks users' arguments; this guards kernels against callers of torch.ops.edlm.* itself. -1 is any size.
+inline void check(const char* op, const char* name, const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape) {
+  bool same = tensor.dim() == static_cast<int64_t>(shape.size()) && tensor.scalar_type() == dtype && tensor.is_contiguous();
+  std::string expected;
+  int64_t i = 0;
+  for (int64_t size : shape) {
+    same = same && (size < 0 || tensor.size(i) == size);
+    expected += (i++ ? ", " : "") + (size < 0 ? std::string("any") : std::to_string(size));
+  }
+  if (!same)
+    fail(op, ": ", name, ": expected a contiguous tensor of scalar type ", static_cast<int>(dtype), " and shape [", expected,
+         "], got scalar type ", static_cast<int>(tensor.scalar_type()), " and shape ", shape_of(tensor));
+}
+
+}  // namespace edlm

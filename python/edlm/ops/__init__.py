@@ -1,0 +1,22 @@
+"""Fused primitives of the decode loop. Each has a schema, a fake and a pure-torch reference here, and kernels in csrc/."""
+
+from ._library import backends
+from ._philox import Purpose, philox_uniform
+from .importance import Selection, resample, reverse_step, select_candidate
+from .log_probs import gather_log_probs, linear_log_probs
+from .sampling import Candidates, sample_candidates, sample_categorical
+
+__all__ = [
+    "Candidates",
+    "Purpose",
+    "Selection",
+    "backends",
+    "gather_log_probs",
+    "linear_log_probs",
+    "philox_uniform",
+    "resample",
+    "reverse_step",
+    "sample_candidates",
+    "sample_categorical",
+    "select_candidate",
+]

@@ -1,0 +1,128 @@
+"""Where the ops are registered: schema, reference and fake in Python; compiled kernels override the reference for their device.
+
+The compiled libraries (``_C.so`` for CPU, ``_C_cuda.so`` where torch has CUDA) hold nothing but kernels, registered through
+PyTorch's stable C ABI for the schemas defined here. Where one is missing the reference runs instead, on that device, after one
+warning; ``backends()`` says which is which.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+_LIBRARY = torch.library.Library("edlm", "DEF")
+_OPS: list[str] = []
+
+
+def _find(stem: str) -> Path | None:
+    # In an editable install the libraries lie in site-packages and the sources elsewhere: both are on the package's path.
+    for folder in sys.modules["edlm"].__path__:
+        path = Path(folder) / f"{stem}.so"
+        if path.is_file():
+            return path
+    return None
+
+
+def _load() -> dict[str, Path]:
+    loaded = {}
+    wanted = {"cpu": "_C"} | ({"cuda": "_C_cuda"} if torch.version.cuda else {})
+    for device, stem in wanted.items():
+        path = _find(stem)
+        if path is not None:
+            torch.ops.load_library(path)
+            loaded[device] = path
+    if "cpu" not in loaded:
+        warnings.warn(
+            "edlm: no compiled kernels were found; the pure-torch references run instead (correct, and much slower). "
+            "Install with a C++ compiler at hand: pip install --no-build-isolation . ; `edlm info` tells what is there.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return loaded
+
+
+LOADED = _load()
+
+
+def define_op(schema: str, reference: Callable, fake: Callable) -> Callable:
+    """Define ``edlm::<schema>`` with its reference (any device without a kernel of its own) and its fake; return the op."""
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"edlm::{name}", fake, lib=_LIBRARY)
+    _OPS.append(name)
+    return getattr(torch.ops.edlm, name).default
+
+
+def register_backward(name: str, backward: Callable, setup_context: Callable) -> None:
+    torch.library.register_autograd(f"edlm::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """For every op and device, ``"compiled"`` or ``"reference"``: ``{op: {"cpu": ..., "cuda": ...}}``."""
+
+    def kind(name: str, key: str) -> str:
+        compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"edlm::{name}", key)
+        return "compiled" if compiled else "reference"
+
+    return {name: {"cpu": kind(name, "CPU"), "cuda": kind(name, "CUDA")} for name in _OPS}
+
+
+def check_logits(name: str, logits: torch.Tensor, dims: str) -> None:
+    """``logits`` must be a floating tensor with the named axes, the last one (V) not empty."""
+    axes = dims.strip("[]").split(", ")
+    if not isinstance(logits, torch.Tensor) or logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        got = f"{logits.dtype}" if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ValueError(f"{name}: logits: expected a float32, bfloat16 or float16 tensor {dims}, got {got}")
+    if axes[0] != "..." and logits.dim() != len(axes):
+        raise ValueError(f"{name}: logits: expected the shape {dims}, got {list(logits.shape)}")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{name}: logits: expected a vocabulary of at least one column, got the shape {list(logits.shape)}")
+
+
+def check_tensor(
+    name: str, argument: str, value: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
+) -> None:
+    """One sentence for every wrong dtype, shape or device."""
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name}: {argument}: expected a {dtype} tensor {list(shape)}, got {type(value).__name__}")
+    if value.dtype != dtype or tuple(value.shape) != tuple(shape):
+        raise ValueError(
+            f"{name}: {argument}: expected a {dtype} tensor of shape {list(shape)}, got {value.dtype} {list(value.shape)}"
+        )
+    if value.device != device:
+        raise ValueError(f"{name}: {argument}: expected on {device}, beside the other tensors, got {value.device}")
+
+
+def forbidden_ids(
+    name: str, forbidden: int | list[int] | torch.Tensor | None, vocab_size: int, device: torch.device
+) -> torch.Tensor:
+    """int64 [F] of ids that are excluded from the softmax; empty for None."""
+    if forbidden is None:
+        return torch.empty(0, dtype=torch.int64, device=device)
+    if isinstance(forbidden, torch.Tensor):  # already on the device: checked by its owner, never read back here
+        if forbidden.dtype != torch.int64 or forbidden.dim() != 1:
+            raise ValueError(
+                f"{name}: forbidden: expected an id, a list of ids or an int64 tensor [F], got {forbidden.dtype} "
+                f"{list(forbidden.shape)}"
+            )
+        return forbidden.to(device)
+    ids = [forbidden] if isinstance(forbidden, int) else list(forbidden)
+    for i in ids:
+        if not 0 <= i < vocab_size:
+            raise ValueError(f"{name}: forbidden: expected ids in 0 .. {vocab_size - 1}, got {i}")
+    return torch.tensor(ids, dtype=torch.int64, device=device)
+
+
+def check_invalid(name: str, invalid: torch.Tensor, describe: Callable[[int], str]) -> None:
+    """Raise if a kernel reported a bad row: -1 is none. Inside a compiled graph the report becomes an assertion of the graph."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(invalid[0] < 0, f"{name}: a row of the input is not valid; run it without torch.compile for details")
+        return
+    code = int(invalid)
+    if code >= 0:
+        raise ValueError(f"{name}: {describe(code)}")

@@ -1,0 +1,200 @@
+"""The oracle: a universe small enough to enumerate, and the exact law of everything that the package samples or estimates in it.
+
+Tokens 0 .. V-1, the mask is V. A state xt is a tuple over 0 .. V; a sequence x0 is one over 0 .. V-1. All arithmetic is float64.
+Nothing here calls edlm: an oracle that shares code with what it judges is no oracle.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+
+State = tuple[int, ...]
+
+
+class Universe:
+    """A correlated distribution q over V**L sequences, with its perfect marginals, conditionals and joints."""
+
+    def __init__(self, num_tokens: int = 3, length: int = 3, seed: int = 0, concentration: float = 1.5) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.num_tokens, self.length, self.mask = num_tokens, length, num_tokens
+        self.sequences = torch.tensor(list(itertools.product(range(num_tokens), repeat=length)))  # [S, L]
+        noise = torch.randn(len(self.sequences), generator=generator, dtype=torch.float64)
+        self.q = torch.softmax(concentration * noise, 0)  # [S]
+        self.noise = torch.softmax(torch.randn(len(self.q), generator=generator, dtype=torch.float64), 0)
+
+    def entropy(self) -> float:
+        return float(-(self.q * self.q.log()).sum())
+
+    def states(self) -> list[State]:
+        return list(itertools.product(range(self.num_tokens + 1), repeat=self.length))
+
+    def agrees(self, xt: State) -> torch.Tensor:
+        """bool [S]: the sequences that keep every observed token of xt."""
+        observed = torch.tensor([token != self.mask for token in xt])
+        return ((self.sequences == torch.tensor(xt)) | ~observed).all(1)
+
+    def posterior(self, xt: State, p: torch.Tensor | None = None) -> torch.Tensor:
+        """[S]: p(x0 | the observed tokens of xt), of q unless another joint is given."""
+        weight = (self.q if p is None else p) * self.agrees(xt)
+        return weight / weight.sum()
+
+    def marginals(self, xt: State) -> torch.Tensor:
+        """[L, V]: the perfect factorised denoiser; one-hot where xt is observed."""
+        onehot = torch.nn.functional.one_hot(self.sequences, self.num_tokens).double()
+        return torch.einsum("s,slv->lv", self.posterior(xt), onehot)
+
+    def product(self, xt: State) -> torch.Tensor:
+        """[S]: mu(x0 | xt), the product of the marginals."""
+        marginals = self.marginals(xt)
+        return marginals[torch.arange(self.length), self.sequences].prod(1) * self.agrees(xt)
+
+    def autoregressive(self, mixing: float) -> torch.Tensor:
+        """[S]: a joint (1 - a) q + a noise. Orderings of bounds hold for a model near q, so a <= 0.6."""
+        assert 0 <= mixing <= 0.6
+        return (1 - mixing) * self.q + mixing * self.noise
+
+    def conditionals(self, p: torch.Tensor) -> torch.Tensor:
+        """[S, L]: log p(x_i | x_<i) of a joint p, for every sequence."""
+        columns = []
+        for i in range(self.length):
+            same = (self.sequences[:, None, :i] == self.sequences[None, :, :i]).all(2)  # [S, S]
+            same_next = same & (self.sequences[:, None, i] == self.sequences[None, :, i])
+            columns.append(((same_next.double() @ p) / (same.double() @ p)).log())
+        return torch.stack(columns, 1)
+
+    def index(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[..., L] tokens -> [...] row of ``sequences``."""
+        powers = self.num_tokens ** torch.arange(self.length - 1, -1, -1)
+        return (tokens * powers).sum(-1)
+
+    def state_index(self, xt: torch.Tensor) -> torch.Tensor:
+        """[..., L] tokens or masks -> [...] row of ``states()``."""
+        powers = (self.num_tokens + 1) ** torch.arange(self.length - 1, -1, -1)
+        return (xt * powers).sum(-1)
+
+
+class TabularDenoiser:
+    """The perfect factorised denoiser as a network: a table over states. A row's logits depend on that row of xt alone, bitwise.
+
+    The mask's column holds a large logit: whoever fails to exclude it is found out at once.
+    """
+
+    def __init__(self, universe: Universe, marginals: Callable[[State], torch.Tensor] | None = None) -> None:
+        self.universe, self.mask_token_id, self.vocab_size = universe, universe.mask, universe.num_tokens + 1
+        table = torch.stack([(marginals or universe.marginals)(state) for state in universe.states()])  # [states, L, V]
+        garbage = torch.full((*table.shape[:2], 1), 30.0, dtype=torch.float64)
+        self.table = torch.cat([table.log(), garbage], 2).float()
+        self.calls = 0
+
+    def __call__(self, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.table[self.universe.state_index(xt)]
+
+
+class TabularCausalLM:
+    """log p(x_i | x_<i) of an enumerated joint."""
+
+    def __init__(self, universe: Universe, p: torch.Tensor) -> None:
+        self.universe, self.p = universe, p
+        self.table = universe.conditionals(p)
+
+    def log_probs(self, x0: torch.Tensor) -> torch.Tensor:
+        return self.table[self.universe.index(x0)].float()
+
+
+class TabularEnergy:
+    """E(x0, xt) from a table [states, S]; +inf where mu is 0."""
+
+    def __init__(self, universe: Universe, energy: Callable[[State], torch.Tensor]) -> None:
+        self.universe, self.calls = universe, 0
+        self.table = torch.stack([energy(state) for state in universe.states()])
+
+    def __call__(self, x0: torch.Tensor, xt: torch.Tensor, t: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        state = self.universe.state_index(xt)[:, None].expand(x0.shape[:2])
+        return self.table[state, self.universe.index(x0)].float()
+
+
+def residual_energy(universe: Universe, p: torch.Tensor | None = None) -> Callable[[State], torch.Tensor]:
+    """The perfect energy -log(p(x0|xt) / mu(x0|xt)); with q itself (the default) the corrected step is exact."""
+
+    def energy(xt: State) -> torch.Tensor:
+        ratio = universe.posterior(xt, p) / universe.product(xt)
+        return torch.where(universe.product(xt) > 0, -ratio.log(), math.inf)
+
+    return energy
+
+
+def pick_law(mu: torch.Tensor, energy: torch.Tensor, num_candidates: int, temperature: float = 1.0) -> torch.Tensor:
+    """[S]: the law of the candidate chosen by softmax(-E / temperature) among K independent draws from mu, by enumeration."""
+    support = torch.nonzero(mu > 0).squeeze(1).tolist()
+    law = torch.zeros_like(mu)
+    log_weight = torch.zeros_like(mu) if math.isinf(temperature) else -energy / temperature
+    for draws in itertools.product(support, repeat=num_candidates):
+        rows = list(draws)
+        law.index_add_(0, torch.tensor(rows), mu[rows].prod() * torch.softmax(log_weight[rows], 0))
+    return law
+
+
+def generate_law(
+    universe: Universe, completion: Callable[[State, float], torch.Tensor], times: list[float], start: State | None = None
+) -> torch.Tensor:
+    """[S]: the law of what ancestral decoding returns, by dynamic programming over states.
+
+    ``completion(xt, t)`` is the law of x0 from which the step at t takes the tokens that open. Log-linear schedule, eps = 0: a masked
+    position opens in t -> s with probability (t - s) / t.
+    """
+    start = start or (universe.mask,) * universe.length
+    states: dict[State, float] = {start: 1.0}
+    for t, s in itertools.pairwise(times):
+        following: dict[State, float] = defaultdict(float)
+        opens = (t - s) / t
+        for xt, mass in states.items():
+            masked = [i for i, token in enumerate(xt) if token == universe.mask]
+            law = completion(xt, t)
+            for pattern in itertools.product([False, True], repeat=len(masked)):
+                weight = mass * math.prod(opens if is_open else 1 - opens for is_open in pattern)
+                if weight == 0:
+                    continue
+                opened = [i for i, is_open in zip(masked, pattern, strict=True) if is_open]
+                for row, p in enumerate(law.tolist()):
+                    if p > 0:
+                        xs = list(xt)
+                        for i in opened:
+                            xs[i] = int(universe.sequences[row, i])
+                        following[tuple(xs)] += weight * p
+        states = dict(following)
+    result = torch.zeros(len(universe.sequences), dtype=torch.float64)
+    for xt, mass in states.items():
+        result[universe.index(torch.tensor(xt))] += mass
+    return result
+
+
+def total_variation(p: torch.Tensor, q: torch.Tensor) -> float:
+    return float((p - q).abs().sum() / 2)
+
+
+def g_test(counts: torch.Tensor, probs: torch.Tensor) -> float:
+    """p-value of the G-test of counts against probs; cells with probability 0 must be empty, small cells are pooled."""
+    assert counts[probs == 0].sum() == 0, "an impossible outcome was drawn"
+    n = counts.sum().item()
+    order = torch.argsort(probs)
+    cells: list[list[float]] = [[0.0, 0.0]]
+    for i in order.tolist():  # pool from the smallest, so that every cell expects at least 10
+        if cells[-1][1] >= 10:
+            cells.append([0.0, 0.0])
+        cells[-1][0] += counts[i].item()
+        cells[-1][1] += n * probs[i].item()
+    if len(cells) > 1 and cells[-1][1] < 10:
+        last = cells.pop()
+        cells[-1][0] += last[0]
+        cells[-1][1] += last[1]
+    assert len(cells) > 1, "a G-test needs two cells"
+    statistic = 2 * sum(seen * math.log(seen / expected) for seen, expected in cells if seen > 0)
+    degrees = torch.tensor((len(cells) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(degrees, torch.tensor(max(statistic, 0.0) / 2, dtype=torch.float64)))
