@@ -48,10 +48,20 @@ void copy_columns(const SampleArgs& args, const T* x, int64_t begin, int64_t end
   }
 }
 
+// 1 / T as a float and the relative error of that float: without it the temperature itself would be off by up to 6e-8.
+struct Scale {
+  float inverse, correction;
+};
+
+inline f32x16 tempered(f32x16 d, Scale scale) {
+  d = max_or_second(splat(-200.0f), d * scale.inverse);  // exp is 0 there, and -inf times a correction of 0 would be NaN
+  return d + d * scale.correction;
+}
+
 // `blocks` whole blocks of 64 columns. A NaN or +inf anywhere makes the sum of its block NaN (x - max is NaN then), or, in a tile
 // that is NaN and -inf throughout, the maximum.
 template <bool kTempered, class T>
-void tile_mass(const T* x, int blocks, float inverse_high, float inverse_low, TileMass* tile) {
+void tile_mass(const T* x, int blocks, Scale scale, TileMass* tile) {
   f32x16 m0 = splat(kMinusInf), m1 = m0, m2 = m0, m3 = m0;
   for (int i = 0; i < blocks; ++i) {
     m0 = max_or_second(load16(x + i * kBlock), m0);
@@ -82,14 +92,7 @@ void tile_mass(const T* x, int blocks, float inverse_high, float inverse_low, Ti
       model1 += exp_negative(d1);
       model2 += exp_negative(d2);
       model3 += exp_negative(d3);
-      // 1 / T in two floats: one would shift the temperature itself by up to 6e-8. -inf times a low part of 0 would be NaN.
-      const f32x16 lowest = splat(-3e38f);
-      d0 = max_or_second(lowest, d0), d1 = max_or_second(lowest, d1);
-      d2 = max_or_second(lowest, d2), d3 = max_or_second(lowest, d3);
-      d0 = d0 * inverse_high + d0 * inverse_low;
-      d1 = d1 * inverse_high + d1 * inverse_low;
-      d2 = d2 * inverse_high + d2 * inverse_low;
-      d3 = d3 * inverse_high + d3 * inverse_low;
+      d0 = tempered(d0, scale), d1 = tempered(d1, scale), d2 = tempered(d2, scale), d3 = tempered(d3, scale);
     }
     tile->block[i] = fold_sum((exp_negative(d0) + exp_negative(d1)) + (exp_negative(d2) + exp_negative(d3)));
   }
@@ -99,18 +102,19 @@ void tile_mass(const T* x, int blocks, float inverse_high, float inverse_low, Ti
 template <class T>
 void tile_masses_of(const SampleArgs& args, int64_t row, int64_t begin, int64_t end, TileMass* tiles) {
   const T* x = row_logits<T>(args, row);
-  const bool tempered = args.model_log_probs != nullptr;
+  const bool is_tempered = args.model_log_probs != nullptr;
   const double inverse = inverse_temperature(args);
-  const float high = static_cast<float>(inverse), low = static_cast<float>(inverse - static_cast<double>(high));
+  const float rounded = static_cast<float>(inverse);
+  const Scale scale{rounded, static_cast<float>((inverse - rounded) / inverse)};
   alignas(64) float buffer[kTile];
   for (int64_t t = begin; t < end; ++t) {
     const int64_t first = t * kTile, last = first + kTile < args.vocab ? first + kTile : args.vocab;
     const int blocks = static_cast<int>((last - first + kBlock - 1) / kBlock);
     if (last - first == kTile && !forbidden_in(args, first, last)) {
-      tempered ? tile_mass<true>(x + first, blocks, high, low, tiles + t) : tile_mass<false>(x + first, blocks, high, low, tiles + t);
+      is_tempered ? tile_mass<true>(x + first, blocks, scale, tiles + t) : tile_mass<false>(x + first, blocks, scale, tiles + t);
     } else {
       copy_columns(args, x, first, last, buffer);
-      tempered ? tile_mass<true>(buffer, blocks, high, low, tiles + t) : tile_mass<false>(buffer, blocks, high, low, tiles + t);
+      is_tempered ? tile_mass<true>(buffer, blocks, scale, tiles + t) : tile_mass<false>(buffer, blocks, scale, tiles + t);
     }
   }
 }

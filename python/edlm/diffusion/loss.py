@@ -8,7 +8,7 @@ import torch
 
 from ..ops import gather_log_probs
 from ..protocols import Denoiser
-from .process import MaskedDiffusion, _check_tokens, check_times, stratified_uniforms
+from .process import MaskedDiffusion, check_times, check_tokens, stratified_uniforms
 
 
 class NelboLoss(NamedTuple):
@@ -48,11 +48,13 @@ def masked_nats(denoiser: Denoiser, x0: torch.Tensor, xt: torch.Tensor, t: torch
 
 
 def _first_seed(seed: int | torch.Tensor) -> int:
-    return int(seed[0]) if isinstance(seed, torch.Tensor) and seed.numel() else 0 if isinstance(seed, torch.Tensor) else seed
+    if not isinstance(seed, torch.Tensor):
+        return seed
+    return int(seed.flatten()[0]) if seed.numel() else 0  # an empty batch draws nothing
 
 
 def _check(denoiser: Denoiser, x0: torch.Tensor, diffusion: MaskedDiffusion) -> None:
-    _check_tokens("x0", x0)
+    check_tokens("x0", x0)
     if denoiser.mask_token_id != diffusion.mask_token_id:
         raise ValueError(
             f"diffusion: expected the denoiser's mask_token_id {denoiser.mask_token_id}, got {diffusion.mask_token_id}"
@@ -97,7 +99,7 @@ def nelbo_loss(
     else:
         t = check_times("times", times, batch, x0.device)
         if not bool((t > 0).all()):
-            raise ValueError(f"times: expected times in (0, 1]: the weight is infinite at 0; got {t.tolist()}")
+            raise ValueError("times: expected times in (0, 1], got 0, where the weight is infinite; draw 1 - u with u in [0, 1)")
     xt = diffusion.q_sample(x0, t, seed=seed, offset=offset)
     nats = diffusion.schedule._loss_weight(t).float() * masked_nats(denoiser, x0, xt, t)
     return NelboLoss(nats, (xt == diffusion.mask_token_id).sum(1), t)

@@ -13,7 +13,8 @@ from .schedule import NoiseSchedule
 _BELOW_ONE = 1.0 - 2.0**-53
 
 
-def _check_tokens(name: str, tokens: torch.Tensor) -> None:
+def check_tokens(name: str, tokens: torch.Tensor) -> None:
+    """ValueError unless ``tokens`` is int64 [B, L]."""
     if not isinstance(tokens, torch.Tensor) or tokens.dtype != torch.int64 or tokens.dim() != 2:
         got = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, torch.Tensor) else type(tokens).__name__
         raise ValueError(f"{name}: expected int64 tokens [B, L], got {got}; one sequence is tokens[None]")
@@ -24,8 +25,9 @@ def check_times(name: str, times: float | torch.Tensor, batch: int, device: torc
     if isinstance(times, torch.Tensor) and (not times.is_floating_point() or times.shape not in ((), (batch,))):
         raise ValueError(f"{name}: expected a number or a floating tensor [{batch}], got {times.dtype} {list(times.shape)}")
     t = torch.as_tensor(times, dtype=torch.float64, device=device)
-    if not bool(((t >= 0) & (t <= 1)).all()):
-        raise ValueError(f"{name}: expected times in [0, 1] (0 is data, 1 is noise), got {t.tolist()}")
+    wrong = ~((t >= 0) & (t <= 1))  # NaN is wrong too
+    if bool(wrong.any()):
+        raise ValueError(f"{name}: expected times in [0, 1] (0 is data, 1 is noise), got {t[wrong].flatten()[0].item()}")
     return t.expand(batch)
 
 
@@ -80,7 +82,7 @@ class MaskedDiffusion:
 
         RNG: Philox(seed[b]; i, 0, offset[b], CORRUPT), the first uniform. Row b does not depend on B.
         """
-        _check_tokens("x0", x0)
+        check_tokens("x0", x0)
         batch, length = x0.shape
         mask_prob = self.schedule._mask_prob(check_times("t", t, batch, x0.device))
         u, _ = philox_uniform(
@@ -110,7 +112,7 @@ class MaskedDiffusion:
         Raises:
             ValueError: wrong shapes; s > t or t = 0; values that are no probabilities (log-probabilities, for example).
         """
-        _check_tokens("xt", xt)
+        check_tokens("xt", xt)
         batch, _ = xt.shape
         if x0_probs.dim() != 3 or x0_probs.shape[:2] != xt.shape or x0_probs.shape[2] <= self.mask_token_id:
             raise ValueError(
@@ -124,8 +126,9 @@ class MaskedDiffusion:
         if bool((rows[:, self.mask_token_id] > 0).any()):
             raise ValueError("x0_probs: expected 0 in the mask's column; subs_log_probs(...).exp() has it so")
         t, s = check_times("t", t, batch, xt.device), check_times("s", s, batch, xt.device)
-        if not bool(((s <= t) & (t > 0)).all()):
-            raise ValueError(f"s: expected 0 <= s <= t and t > 0, got s = {s.tolist()}, t = {t.tolist()}")
+        wrong = (s > t) | (t == 0)
+        if bool(wrong.any()):
+            raise ValueError(f"s: expected s <= t and t > 0, got s = {s[wrong][0].item()}, t = {t[wrong][0].item()}")
         stay = (self.schedule._mask_prob(s) / self.schedule._mask_prob(t)).to(x0_probs.dtype)[:, None, None]
         opened = (1 - stay) * x0_probs
         opened[..., self.mask_token_id] = stay[..., 0]

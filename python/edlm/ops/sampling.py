@@ -75,8 +75,8 @@ def _sample_rows(
     return tokens, log_probs.float(), model_log_probs.float(), code
 
 
-def _chunks(rows: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, ...]:
-    return rows.split(max(1, (4 << 20) // vocab_size))  # 32 MiB of float64 at a time
+def _chunks(rows: torch.Tensor, columns: int) -> tuple[torch.Tensor, ...]:
+    return rows.split(max(1, (4 << 20) // columns))  # 32 MiB of float64 at a time
 
 
 def _sample_candidates_reference(
@@ -98,7 +98,7 @@ def _sample_candidates_reference(
     invalid = torch.where(out_of_range, 4 * row_index + _OUT_OF_RANGE, _NOTHING).min() if row_index.numel() else None
     drawn = xt == mask_token_id if active is None else (xt == mask_token_id) & active
     mask = torch.tensor([mask_token_id], device=logits.device)
-    for rows in _chunks(drawn.flatten().nonzero().squeeze(1), vocab_size):
+    for rows in _chunks(drawn.flatten().nonzero().squeeze(1), max(vocab_size, TILE * num_candidates)):
         b, i = rows // length, rows % length
         drawn_tokens, lp, model_lp, code = _sample_rows(
             logits[b, i].double(), num_candidates, seed[b], i, offset.expand(batch)[b], temperature, mask
@@ -123,7 +123,7 @@ def _sample_categorical_reference(
     log_probs = torch.empty(n, num_samples, dtype=torch.float32, device=logits.device)
     model_log_probs = torch.empty(n, num_samples, dtype=torch.float32, device=logits.device)
     invalid = None
-    for rows in _chunks(torch.arange(n, device=logits.device), vocab_size):
+    for rows in _chunks(torch.arange(n, device=logits.device), max(vocab_size, TILE * num_samples)):
         if not rows.numel():
             continue
         tokens[rows], log_probs[rows], model_log_probs[rows], code = _sample_rows(
