@@ -22,8 +22,8 @@ class NelboLoss(NamedTuple):
 def masked_nats(denoiser: Denoiser, x0: torch.Tensor, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """-sum over masked i of log mu_i(x0_i | xt), differentiable: float32 [B], in nats.
 
-    The softmax runs on masked rows alone and excludes the mask. Where the denoiser offers ``hidden`` and ``head``, its head runs on
-    those rows alone as well. Sums over positions are float64.
+    The softmax runs on masked rows alone and excludes the mask. Where the denoiser offers ``hidden`` and ``head``, its head runs
+    on those rows alone as well. Sums over positions are float64.
 
     Args:
         x0: int64 [B, L] without masks. xt: x0 with some positions masked. t: floating [B], handed on as float32.
@@ -73,9 +73,9 @@ def nelbo_loss(
 ) -> NelboLoss:
     """Continuous-time NELBO: E_t E_xt loss_weight(t) sum over masked i of -log mu_i(x0_i | xt), t uniform in (t_min, 1].
 
-    With eps = 0 and t_min = 0 it is unbiased for the bound, which a perfect factorised denoiser brings to the entropy of the data.
-    With eps or t_min above 0 a part of the integral is missing and it comes out lower. The weight at small t makes single terms
-    large: train with t_min = 1e-3 for bounded ones; ``edlm.eval.nelbo`` has an estimator of finite variance.
+    With eps = 0 and t_min = 0 it is unbiased for the bound, which a perfect factorised denoiser brings to the entropy of the
+    data. With eps or t_min above 0 a part of the integral is missing and it comes out lower. The weight at small t makes single
+    terms large: train with t_min = 1e-3 for bounded ones; ``edlm.eval.nelbo`` has an estimator of finite variance.
 
     Args:
         denoiser: logits [B, L, V] of (xt, t), or hidden and head. x0: int64 [B, L] without masks.
@@ -127,8 +127,8 @@ def discrete_nelbo(
     eps = 0 (otherwise the prior term is missing).
 
     Args:
-        steps: T >= 1. all_steps: False scores one step a row, weighted by T (rows stratified over the grid); True scores all T, with
-            T denoiser calls, and ``times`` is then 1 and ``num_masked`` the total.
+        steps: T >= 1. all_steps: False scores one step a row, weighted by T (rows stratified over the grid); True scores all T,
+            with T denoiser calls, and ``times`` is then 1 and ``num_masked`` the total.
         The others are as in ``nelbo_loss``.
 
     RNG: one step: as ``nelbo_loss``, the grid index being floor(T v) of the stratified uniform v. All: step i corrupts with

@@ -44,6 +44,25 @@ def stratified_uniforms(
     return ((u + torch.arange(n, dtype=torch.float64, device=key.device)) / max(n, 1)).clamp_max(_BELOW_ONE)
 
 
+def corruption_uniforms(
+    batch: int,
+    length: int,
+    *,
+    seed: int | torch.Tensor,
+    offset: int | torch.Tensor = 0,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """float64 [B, L] in [0, 1): the mask probability from which on each position is masked. RNG: as ``q_sample``."""
+    seeds = expand_seed(seed, batch, device)
+    u, _ = philox_uniform(
+        seeds[:, None],
+        position=torch.arange(length, device=seeds.device),
+        offset=expand_offset("corruption_uniforms", offset, batch, seeds.device)[:, None],
+        purpose=Purpose.CORRUPT,
+    )
+    return u
+
+
 @dataclass(frozen=True)
 class MaskedDiffusion:
     """Masked (absorbing) diffusion. Positions are independent: q(x_t | x_0) = alpha(t) delta(x_0) + (1 - alpha(t)) delta(mask).
@@ -85,12 +104,7 @@ class MaskedDiffusion:
         check_tokens("x0", x0)
         batch, length = x0.shape
         mask_prob = self.schedule._mask_prob(check_times("t", t, batch, x0.device))
-        u, _ = philox_uniform(
-            expand_seed(seed, batch, x0.device)[:, None],
-            position=torch.arange(length, device=x0.device),
-            offset=expand_offset("q_sample", offset, batch, x0.device)[:, None],
-            purpose=Purpose.CORRUPT,
-        )
+        u = corruption_uniforms(batch, length, seed=seed, offset=offset, device=x0.device)
         return torch.where(u < mask_prob[:, None], self.mask_token_id, x0)
 
     def q_posterior(
@@ -103,7 +117,8 @@ class MaskedDiffusion:
         by opening times instead.
 
         Args:
-            x0_probs: float [B, L, V], probabilities (a one-hot x_0, or a denoiser's), with 0 in the mask's column where xt is masked.
+            x0_probs: float [B, L, V], probabilities (a one-hot x_0, or a denoiser's), with 0 in the mask's column where xt is
+                masked.
             xt: int64 [B, L]. t, s: numbers or floating [B], 0 <= s <= t <= 1, t > 0.
 
         Returns:
@@ -140,8 +155,8 @@ class MaskedDiffusion:
     ) -> torch.Tensor:
         """When each position opens in the reverse process that starts fully masked at t = 1: float64 [B, L] in [0, 1).
 
-        P(open_time < s), still masked at s, is mask_prob(s) / mask_prob(1). Opening depends on no token, so all of it can be drawn
-        before the first network call. In a step t -> s a masked position opens iff open_time >= s; at s = 0 all of them do.
+        P(open_time < s), still masked at s, is mask_prob(s) / mask_prob(1). Opening depends on no token, so all of it can be
+        drawn before the first network call. In a step t -> s a masked position opens iff open_time >= s; at s = 0 all of them do.
 
         Args:
             seed: an int s (row b draws with s + b) or int64 [B]. batch, length: >= 0.

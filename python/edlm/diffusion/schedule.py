@@ -1,7 +1,7 @@
 """Noise schedules: how likely a position is masked at diffusion time t in [0, 1] (0 is data, 1 is noise).
 
-alpha(t) is the probability that a position still shows its token. Everything is float64: near both ends the float32 forms lose what
-the loss and the opening times need.
+alpha(t) is the probability that a position still shows its token. Everything is float64: near both ends the float32 forms lose
+what the loss and the opening times need.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def _in_range(name: str, value: Time, high: float) -> torch.Tensor:
 class NoiseSchedule(ABC):
     """mask_prob(t) = 1 - alpha(t), rising from 0 at t = 0 to 1 - eps at t = 1.
 
-    Methods take a number or a floating tensor of any shape, and return float64 of that shape on its device. They raise ValueError for
-    t outside [0, 1]. A subclass gives the four underscored forms, for float64 tensors that are already checked.
+    Methods take a number or a floating tensor of any shape, and return float64 of that shape on its device. They raise ValueError
+    for t outside [0, 1]. A subclass gives the four underscored forms, for float64 tensors that are already checked.
 
     Args:
-        eps: in [0, 1): what is left of the data at t = 1. Train with 1e-3 if you like; evaluate with 0, for with eps > 0 the NELBO
-            leaves out the noisiest part of its integral and a perfect denoiser scores below the entropy of its data.
+        eps: in [0, 1): what is left of the data at t = 1. Train with 1e-3 if you like; evaluate with 0, for with eps > 0 the
+            NELBO leaves out the noisiest part of its integral and a perfect denoiser scores below the entropy of its data.
     """
 
     eps: float = 1e-3
@@ -102,7 +102,8 @@ class CosineSchedule(NoiseSchedule):
     """
 
     def _alpha(self, t: torch.Tensor) -> torch.Tensor:
-        return self.eps + (1 - self.eps) * 2 * torch.sin(math.pi / 4 * (1 - t)).square()
+        late = self.eps + (1 - self.eps) * 2 * torch.sin(math.pi / 4 * (1 - t)).square()
+        return torch.where(t < 0.5, 1 - self._mask_prob(t), late)
 
     def _mask_prob(self, t: torch.Tensor) -> torch.Tensor:
         return (1 - self.eps) * torch.sin(math.pi / 2 * t)

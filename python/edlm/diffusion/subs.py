@@ -11,8 +11,8 @@ def subs_log_probs(logits: torch.Tensor, xt: torch.Tensor, mask_token_id: int) -
     """log mu(x0_i = v | xt): never the mask, and a clean position is its own token.
 
     At a masked position: log_softmax over every column but the mask's, which is -inf. At a clean one: 0 at xt_i, -inf elsewhere
-    (logits there are ignored). It makes a [B, L, V] tensor, so it is for tests, teaching and small vocabularies: the decode loop and
-    the losses never call it.
+    (logits there are ignored). It makes a [B, L, V] tensor, so it is for tests, teaching and small vocabularies: the decode loop
+    and the losses never call it.
 
     Args:
         logits: floating [B, L, V]. xt: int64 [B, L]. mask_token_id: in 0 .. V-1.

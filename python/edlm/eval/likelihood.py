@@ -11,7 +11,7 @@ import torch
 
 from ..diffusion import LogLinearSchedule, MaskedDiffusion, NoiseSchedule, masked_nats
 from ..diffusion.loss import step_weight
-from ..diffusion.process import check_tokens
+from ..diffusion.process import check_tokens, corruption_uniforms
 from ..ops import Purpose, philox_uniform
 from ..protocols import CausalLM, Denoiser
 
@@ -46,7 +46,9 @@ class Estimate:
     def bits_per_character(self, characters_per_token: float = 1.0) -> Estimate:
         """Bits per character of the text; ``characters_per_token`` is 1 for a character tokenizer, else measured on that text."""
         if not characters_per_token > 0:
-            raise ValueError(f"characters_per_token: expected a number > 0 (characters / tokens of the text), got {characters_per_token}")
+            raise ValueError(
+                f"characters_per_token: expected a number > 0 (characters / tokens of the text), got {characters_per_token}"
+            )
         return self._scaled(1 / (math.log(2) * characters_per_token), "bits/character")
 
     def perplexity(self) -> Estimate:
@@ -87,18 +89,12 @@ def _check_count(name: str, value: int) -> None:
         raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
 
 
-def _corruption_uniforms(seeds: torch.Tensor, draw: torch.Tensor, length: int) -> torch.Tensor:
-    """float64 [R, L], the uniforms that q_sample compares with mask_prob(t) for these seeds and offsets."""
-    position = torch.arange(length, device=seeds.device)
-    return philox_uniform(seeds[:, None], position=position, offset=draw[:, None], purpose=Purpose.CORRUPT)[0]
-
-
 def _continuous(
     denoiser: Denoiser, x0: torch.Tensor, diffusion: MaskedDiffusion, seeds: torch.Tensor, draw: torch.Tensor, v: torch.Tensor
 ) -> torch.Tensor:
     """One draw a row of the continuous NELBO, in nats [R]: see ``nelbo`` for why t is an order statistic."""
     length = x0.shape[1]
-    u = _corruption_uniforms(seeds, draw, length)
+    u = corruption_uniforms(len(x0), length, seed=seeds, offset=draw, device=x0.device)
     rank = (v * length).long().clamp_max(length - 1)  # num_masked - 1
     p = u.sort(1).values.gather(1, rank[:, None])  # the mask probability at which that many are masked
     inside = p[:, 0] <= 1 - diffusion.schedule.eps

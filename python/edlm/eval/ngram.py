@@ -11,8 +11,8 @@ class NGramModel:
 
         p_k(w | h) = (c(h w) + T(h) p_{k-1}(w | h')) / (c(h) + T(h)),    p_0 = 1 / V,
 
-    h being the k - 1 tokens before w, h' the last k - 2 of them, c a count and T(h) the number of distinct tokens seen after h. Where
-    h was never seen, p_k = p_{k-1}. Every context so gives a proper distribution over the V ids, none of them 0.
+    h being the k - 1 tokens before w, h' the last k - 2 of them, c a count and T(h) the number of distinct tokens seen after h.
+    Where h was never seen, p_k = p_{k-1}. Every context so gives a proper distribution over the V ids, none of them 0.
 
     The first positions of a sequence have fewer tokens before them and use the shorter orders: a sequence is scored as a window
     into running text, with nothing known of what preceded it.
@@ -26,7 +26,8 @@ class NGramModel:
         ValueError: ids outside the vocabulary; an empty text; an order too high for V.
 
     Cost: a sort of the text for each order; memory for its distinct n-grams.
-    Source: Witten and Bell, IEEE Transactions on Information Theory 37(4), 1991, method C; interpolation as in Chen and Goodman, 1998.
+    Source: Witten and Bell, IEEE Transactions on Information Theory 37(4), 1991, method C; interpolation as in Chen and Goodman,
+    1998.
     """
 
     def __init__(self, tokens: torch.Tensor | np.ndarray, vocab_size: int, *, order: int = 6) -> None:
@@ -57,7 +58,7 @@ class NGramModel:
             raise ValueError(f"tokens: expected integers [M] or [N, L], got {ids.dtype} {list(ids.shape)}")
         if ids.size and not (ids.min() >= 0 and ids.max() < self.vocab_size):
             raise ValueError(
-                f"tokens: expected ids in 0 .. {self.vocab_size - 1}, got {ids.min()} .. {ids.max()}; masks have no probability here"
+                f"tokens: expected ids in 0 .. {self.vocab_size - 1}, got {ids.min()} .. {ids.max()}; replace masks first"
             )
         return np.atleast_2d(ids).astype(np.int64)
 

@@ -38,6 +38,8 @@ def distinct_n(tokens: torch.Tensor, n: int) -> float:
     """
     check_tokens("tokens", tokens)
     if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= tokens.shape[1] or len(tokens) == 0:
-        raise ValueError(f"n: expected an int in 1 .. L = {tokens.shape[1]} and at least one sequence, got {n!r}, {len(tokens)} sequences")
+        raise ValueError(
+            f"n: expected an int in 1 .. L = {tokens.shape[1]} and at least one sequence, got {n!r}, {len(tokens)} sequences"
+        )
     grams = tokens.cpu().unfold(1, n, 1).reshape(-1, n)
     return len(grams.unique(dim=0)) / len(grams)

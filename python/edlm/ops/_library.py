@@ -59,7 +59,13 @@ def define_op(schema: str, reference: Callable, fake: Callable) -> Callable:
 
 
 def register_backward(name: str, backward: Callable, setup_context: Callable) -> None:
+    """First-order autograd for ``edlm::<name>``; its ``edlm::<name>_backward`` refuses to be differentiated again."""
     torch.library.register_autograd(f"edlm::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+    def refuse(ctx: object, *grads: torch.Tensor) -> None:
+        raise RuntimeError(f"{name}: first-order gradients only; for a second one write it with torch.log_softmax")
+
+    torch.library.register_autograd(f"edlm::{name}_backward", refuse, lib=_LIBRARY)
 
 
 def backends() -> dict[str, dict[str, str]]:

@@ -226,15 +226,18 @@ def resample(
 
 def _reverse_reference(
     xt: torch.Tensor, x0: torch.Tensor, index: torch.Tensor, open_time: torch.Tensor, s: torch.Tensor
-) -> torch.Tensor:
-    chosen = x0.gather(1, index[:, None, None].expand(-1, 1, x0.shape[2])).squeeze(1)
-    return torch.where(open_time >= s[:, None], chosen, xt)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    bad_row = (index < 0) | (index >= x0.shape[1])
+    invalid = torch.where(bad_row.any(), bad_row.long().argmax() if len(index) else 0, -1).reshape(1)
+    safe = index.clamp(0, x0.shape[1] - 1)
+    chosen = x0.gather(1, safe[:, None, None].expand(-1, 1, x0.shape[2])).squeeze(1)
+    return torch.where(open_time >= s[:, None], chosen, xt), invalid
 
 
 _reverse = define_op(
-    "reverse_step(Tensor xt, Tensor x0, Tensor index, Tensor open_time, Tensor s) -> Tensor",
+    "reverse_step(Tensor xt, Tensor x0, Tensor index, Tensor open_time, Tensor s) -> (Tensor, Tensor)",
     _reverse_reference,
-    lambda xt, x0, index, open_time, s: torch.empty_like(xt),
+    lambda xt, x0, index, open_time, s: (torch.empty_like(xt), index.new_empty(1)),
 )
 
 
@@ -252,7 +255,7 @@ def reverse_step(
         xs int64 [B, L].
 
     Raises:
-        ValueError: wrong shapes, dtypes or devices.
+        ValueError: wrong shapes, dtypes or devices; an index outside 0 .. K-1.
     """
     name = "reverse_step"
     if xt.dim() != 2 or xt.dtype != torch.int64:
@@ -273,4 +276,8 @@ def reverse_step(
         s = s.reshape(-1).to(xt.device).expand(batch)
     else:
         s = torch.full((batch,), float(s), dtype=open_time.dtype, device=xt.device)
-    return _reverse(xt, x0, index, open_time, s)
+    xs, invalid = _reverse(xt, x0, index, open_time, s)
+    check_invalid(
+        name, invalid, lambda row: f"index: expected indices in 0 .. {k - 1}, got {int(index[row])} in sequence {row}"
+    )
+    return xs

@@ -132,6 +132,8 @@ def gather_log_probs(
     """
     name = "gather_log_probs"
     check_logits(name, logits, "[..., V]")
+    if not isinstance(tokens, torch.Tensor):
+        raise ValueError(f"{name}: tokens: expected an int64 tensor, got {type(tokens).__name__}")
     lead = tuple(logits.shape[:-1])
     single = tokens.dim() == len(lead)
     shape = lead if single else (*lead, tokens.shape[-1] if tokens.dim() == len(lead) + 1 else -1)

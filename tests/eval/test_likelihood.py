@@ -1,0 +1,197 @@
+"""Likelihood estimates against enumeration, their standard errors, units, and that batching and modes leave no trace.
+
+Monte Carlo tests fix their seeds and allow 4.5 standard errors: a correct program fails each with probability 7e-6.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from edlm.diffusion import CosineSchedule, LogLinearSchedule, MaskedDiffusion, NoiseSchedule, discrete_nelbo
+from edlm.eval import Estimate, ar_nll, nelbo
+from exact import TabularCausalLM, TabularDenoiser, Universe
+
+UNIVERSE = Universe(num_tokens=3, length=3, seed=0)
+LENGTH = UNIVERSE.length
+
+
+def draws(n: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return UNIVERSE.sequences[torch.multinomial(UNIVERSE.q, n, True, generator=generator)]
+
+
+def per_sequence(estimate: Estimate) -> tuple[float, float]:
+    return estimate.mean * LENGTH, estimate.stderr * LENGTH
+
+
+@pytest.mark.parametrize("num_times", [1, 4])
+@pytest.mark.parametrize("schedule", [None, CosineSchedule(eps=0.0)], ids=repr)
+def test_perfect_denoiser_reaches_the_entropy(schedule: NoiseSchedule | None, num_times: int) -> None:
+    estimate = nelbo(TabularDenoiser(UNIVERSE), draws(20_000), schedule=schedule, num_times=num_times, batch_size=5000)
+    mean, stderr = per_sequence(estimate)
+    assert stderr < 0.02
+    assert estimate.count == 20_000
+    assert abs(mean - UNIVERSE.entropy()) < 4.5 * stderr
+
+
+def test_denoiser_that_looks_at_t() -> None:
+    """The times that the denoiser sees have the right law given the masks, not only on average.
+
+    A denoiser whose -log mu is c(t) at every position has NELBO L * integral of c: here -log mu = 0.2 + t, so 0.7 a token.
+    """
+
+    class Clock:
+        mask_token_id, vocab_size = 2, 3
+
+        def __call__(self, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            p = torch.exp(-(0.2 + t))
+            return torch.stack([p.log(), (1 - p).log(), torch.full_like(p, 9.0)], 1)[:, None].expand(-1, xt.shape[1], -1)
+
+    x0 = torch.zeros(4000, 5, dtype=torch.int64)
+    estimate = nelbo(Clock(), x0, batch_size=4000)
+    assert abs(estimate.mean - 0.7) < 4.5 * estimate.stderr < 0.03
+    # Under another schedule t is another function of the mask probability: -log mu = 0.2 + 2/pi asin(p), integrated over p.
+    curved = nelbo(Clock(), x0, schedule=CosineSchedule(eps=0.0), batch_size=4000)
+    assert abs(curved.mean - (0.2 + 1 - 2 / math.pi)) < 4.5 * curved.stderr < 0.03
+
+
+def test_eps_leaves_a_part_out() -> None:
+    """eps = 0.2: independent uniform tokens, -log mu = log 2 everywhere, so exactly 0.8 log 2 a token instead of log 2."""
+
+    class Coin:
+        mask_token_id, vocab_size = 2, 3
+
+        def __call__(self, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(*xt.shape, 3)
+
+    x0 = torch.zeros(4000, 4, dtype=torch.int64)
+    estimate = nelbo(Coin(), x0, schedule=LogLinearSchedule(eps=0.2), batch_size=4000)
+    assert abs(estimate.mean - 0.8 * math.log(2)) < 4.5 * estimate.stderr < 0.05
+    assert nelbo(Coin(), x0).mean == pytest.approx(math.log(2), rel=1e-6)  # no variance is left without eps
+    # and for a perfect denoiser of correlated data: below the entropy by more than the noise
+    mean, stderr = per_sequence(nelbo(TabularDenoiser(UNIVERSE), draws(20_000), schedule=LogLinearSchedule(eps=0.2)))
+    assert mean < UNIVERSE.entropy() - 4.5 * stderr
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("num_times", [1, 3])
+def test_steps_agree_with_the_sum_over_all_steps(steps: int, num_times: int) -> None:
+    schedule, x0 = CosineSchedule(eps=0.0), draws(20_000)
+    estimate = nelbo(TabularDenoiser(UNIVERSE), x0, schedule=schedule, steps=steps, num_times=num_times, seed=5, batch_size=5000)
+    mean, stderr = per_sequence(estimate)
+    every = discrete_nelbo(
+        TabularDenoiser(UNIVERSE), x0, MaskedDiffusion(schedule, UNIVERSE.mask), steps, seed=99, all_steps=True
+    )
+    both = math.hypot(stderr, float(every.nats.std()) / math.sqrt(20_000))
+    assert abs(mean - float(every.nats.mean())) < 4.5 * both
+    if steps == 1:  # nothing is random but the data: exact
+        marginals = UNIVERSE.marginals((UNIVERSE.mask,) * LENGTH).log()
+        exact = -marginals[torch.arange(LENGTH), x0].sum(1).mean()
+        assert mean == pytest.approx(float(exact), rel=1e-6)
+
+
+def test_standard_error_is_honest() -> None:
+    """Over 300 repetitions with other seeds and data, (mean - truth) / stderr has variance 1.
+
+    chi2(300) / 300 lies in (0.66, 1.42) but for 4e-6; t with 79 degrees of freedom adds 3 %, inside that margin.
+    """
+    denoiser, x0 = TabularDenoiser(UNIVERSE), draws(300 * 80)
+    scores = []
+    for i in range(300):
+        mean, stderr = per_sequence(nelbo(denoiser, x0[80 * i : 80 * i + 80], num_times=2, seed=80 * i, batch_size=160))
+        scores.append((mean - UNIVERSE.entropy()) / stderr)
+    assert 0.66 < float(np.mean(np.square(scores))) < 1.42
+
+
+def test_stratified_draws_help() -> None:
+    x0 = UNIVERSE.sequences[[5]].expand(4000, -1).contiguous()  # one sequence, so all the spread comes from the masks
+    one, three = (nelbo(TabularDenoiser(UNIVERSE), x0, num_times=n, batch_size=4000) for n in (1, 3))
+    assert three.stderr < 0.9 * one.stderr / math.sqrt(3)
+
+
+@pytest.mark.parametrize("steps", [None, 3])
+def test_batches_leave_no_trace(steps: int | None) -> None:
+    x0 = draws(10)
+    denoiser = TabularDenoiser(UNIVERSE)
+    whole = nelbo(denoiser, x0, steps=steps, num_times=3, seed=4, batch_size=64)
+    assert nelbo(denoiser, x0, steps=steps, num_times=3, seed=4, batch_size=7) == whole
+    ones = [nelbo(denoiser, x0[i : i + 1], steps=steps, num_times=3, seed=4 + i).mean for i in range(10)]
+    assert np.mean(ones) == pytest.approx(whole.mean, rel=1e-12)
+    assert np.unique(ones).size > 5
+    assert nelbo(denoiser, x0, steps=steps, num_times=3, seed=5) != whole
+
+
+def test_mode_is_restored_and_dropout_is_off() -> None:
+    class Network(torch.nn.Module):
+        mask_token_id, vocab_size = UNIVERSE.mask, UNIVERSE.num_tokens + 1
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))
+            self.dropout = torch.nn.Dropout(0.5)
+            self.frozen = torch.nn.Dropout(0.5).eval()
+
+        def forward(self, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            assert not torch.is_grad_enabled()
+            return self.frozen(self.dropout(self.weight[xt]))
+
+        def log_probs(self, x0: torch.Tensor) -> torch.Tensor:
+            return self(x0, x0)[..., :3].log_softmax(-1).gather(-1, x0[..., None]).squeeze(-1)
+
+    network, x0 = Network(), draws(20)
+    assert nelbo(network, x0) == nelbo(network, x0)
+    assert ar_nll(network, x0) == ar_nll(network, x0)
+    assert network.training
+    assert network.dropout.training
+    assert not network.frozen.training
+    with pytest.raises(ValueError, match="mask"):
+        nelbo(network, torch.full((1, 3), UNIVERSE.mask))
+    assert network.training
+    assert torch.is_grad_enabled()
+
+
+def test_ar_nll_against_enumeration() -> None:
+    p = UNIVERSE.autoregressive(0.5)
+    x0 = UNIVERSE.sequences
+    estimate = ar_nll(TabularCausalLM(UNIVERSE, p), x0, batch_size=4)
+    values = -p.log() / LENGTH  # the chain rule, every token scored
+    assert estimate.mean == pytest.approx(float(values.mean()), rel=1e-6)
+    assert estimate.stderr == pytest.approx(float(values.std()) / math.sqrt(27), rel=1e-5)
+    assert ar_nll(TabularCausalLM(UNIVERSE, p), x0[:2], batch_size=1).mean == pytest.approx(float(values[:2].mean()), rel=1e-6)
+
+
+def test_units() -> None:
+    nats = Estimate(mean=2 * math.log(2), stderr=0.1 * math.log(2), count=9)
+    assert nats.bits_per_token().mean == pytest.approx(2)
+    assert nats.bits_per_token().stderr == pytest.approx(0.1)
+    assert nats.bits_per_character(4.0).mean == pytest.approx(0.5)
+    assert nats.bits_per_character().unit == "bits/character"
+    assert nats.perplexity().mean == pytest.approx(4)
+    assert nats.perplexity().stderr == pytest.approx(0.4 * math.log(2))
+    assert str(nats.bits_per_token()) == "2.0000 +- 0.1000 bits/token (9 sequences)"
+    with pytest.raises(ValueError, match="nats/token"):
+        nats.bits_per_token().perplexity()
+    with pytest.raises(ValueError, match="characters_per_token"):
+        nats.bits_per_character(0.0)
+    assert math.isnan(Estimate.of(torch.tensor([1.0]), "nats/token").stderr)
+
+
+def test_errors() -> None:
+    denoiser, x0 = TabularDenoiser(UNIVERSE), draws(2)
+    for bad in ({"num_times": 0}, {"steps": 0}, {"batch_size": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))}: expected an int >= 1, got 0"):
+            nelbo(denoiser, x0, **bad)
+    with pytest.raises(ValueError, match="x0: expected int64"):
+        nelbo(denoiser, x0[0])
+    with pytest.raises(ValueError, match="x0: expected at least one token"):
+        ar_nll(TabularCausalLM(UNIVERSE, UNIVERSE.q), x0[:0])
+
+    class Short:
+        def log_probs(self, x0: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(x0.shape[0], x0.shape[1] - 1)
+
+    with pytest.raises(ValueError, match="causal_lm: expected log_probs"):
+        ar_nll(Short(), x0)

@@ -1,0 +1,159 @@
+"""gather_log_probs and linear_log_probs: values against float64, gradients, dtypes, chunks, errors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from edlm.ops import gather_log_probs, linear_log_probs, log_probs
+
+
+def expected_gather(logits, tokens, temperature=1.0, forbidden=None):
+    x = logits.double() / temperature
+    if forbidden is not None:
+        x = x.index_fill(-1, torch.tensor(forbidden), -math.inf)
+    full = torch.log_softmax(x, -1)
+    return full.gather(-1, tokens if tokens.dim() == logits.dim() else tokens[..., None]).reshape(tokens.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab_size", [1, 27, 513, 50258])
+def test_gather(vocab_size, dtype, device):
+    logits = (torch.randn(3, 2, vocab_size) * 3).to(dtype)
+    for shape in ((3, 2), (3, 2, 4)):
+        tokens = torch.randint(0, vocab_size, shape)
+        for temperature in (1.0, 0.7):
+            got = gather_log_probs(logits.to(device), tokens.to(device), temperature=temperature)
+            assert got.dtype == torch.float32 and got.shape == tokens.shape and (got <= 0).all()
+            torch.testing.assert_close(got.double().cpu(), expected_gather(logits, tokens, temperature), atol=4e-6, rtol=1e-6)
+
+
+def test_gather_forbidden(device):
+    logits = torch.randn(5, 9)
+    tokens = torch.tensor([0, 8, 3, 4, 8])
+    got = gather_log_probs(logits.to(device), tokens.to(device), forbidden=[8, 2]).cpu()
+    assert (got[[1, 4]] == -math.inf).all()
+    keep = [0, 2, 3]
+    torch.testing.assert_close(got[keep].double(), expected_gather(logits, tokens, forbidden=[8, 2])[keep], atol=1e-6, rtol=0)
+
+
+def test_gather_gradient(device):
+    """Against autograd through log_softmax in float64; forbidden columns get none; K tokens a row add up, repeated ones included."""
+    logits = torch.randn(4, 11, dtype=torch.float64)
+    tokens = torch.tensor([[0, 0, 5], [1, 2, 3], [9, 9, 9], [4, 0, 7]])
+    weight = torch.randn(4, 3, dtype=torch.float64)
+    x = logits.clone().requires_grad_()
+    (torch.log_softmax((x / 0.8).index_fill(-1, torch.tensor([10]), -math.inf), -1).gather(1, tokens) * weight).sum().backward()
+    y = logits.float().to(device).requires_grad_()
+    (gather_log_probs(y, tokens.to(device), temperature=0.8, forbidden=10) * weight.float().to(device)).sum().backward()
+    torch.testing.assert_close(y.grad.cpu().double(), x.grad, atol=2e-6, rtol=1e-5)
+    assert (y.grad[:, 10] == 0).all()
+
+
+def linear_case(n=13, d=6, v=17, dtype=torch.float32):
+    return torch.randn(n, d).to(dtype), torch.randn(v, d).to(dtype), torch.randn(v).to(dtype), torch.randint(0, v - 1, (n,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("forbidden", [None, 16])
+def test_linear(dtype, with_bias, forbidden, device):
+    """Values and all three gradients against float64."""
+    hidden, weight, bias, tokens = linear_case(dtype=dtype)
+    ours = [x.to(device, copy=True).requires_grad_() for x in (hidden, weight, bias)]
+    theirs = [x.double().requires_grad_() for x in (hidden, weight, bias)]
+    got = linear_log_probs(ours[0], ours[1], tokens.to(device), ours[2] if with_bias else None, forbidden=forbidden)
+    logits = theirs[0] @ theirs[1].T + (theirs[2] if with_bias else 0)
+    want = expected_gather(logits, tokens, forbidden=None if forbidden is None else [forbidden])
+    torch.testing.assert_close(got.detach().double().cpu(), want.detach(), atol=1e-5, rtol=0)
+    scale = torch.randn(len(tokens))
+    (got * scale.to(device)).sum().backward()
+    (want * scale).sum().backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for mine, exact in zip(ours[: 2 + with_bias], theirs, strict=False):
+        assert mine.grad.dtype == dtype
+        torch.testing.assert_close(mine.grad.double().cpu(), exact.grad, atol=tolerance, rtol=tolerance)
+
+
+def test_linear_equals_gather_of_logits(device):
+    hidden, weight, bias, tokens = (x.to(device) for x in linear_case())
+    direct = gather_log_probs(hidden @ weight.T + bias, tokens)
+    torch.testing.assert_close(linear_log_probs(hidden, weight, tokens, bias), direct, atol=1e-6, rtol=0)
+
+
+def test_linear_finite_differences(device):
+    hidden, weight, bias, tokens = (x.to(device) for x in linear_case(n=3, d=2, v=4))
+    hidden.requires_grad_()
+    linear_log_probs(hidden, weight, tokens, bias).sum().backward()
+    for index in [(0, 0), (2, 1)]:
+        step = 1e-2
+        values = []
+        for sign in (1, -1):
+            moved = hidden.detach().clone()
+            moved[index] += sign * step
+            values.append(linear_log_probs(moved, weight, tokens, bias).double().sum())
+        assert abs((values[0] - values[1]) / (2 * step) - hidden.grad[index]) < 2e-3
+
+
+def test_chunks_change_nothing_but_rounding(monkeypatch, device):
+    hidden, weight, bias, tokens = (x.to(device) for x in linear_case(n=29))
+    logits = torch.randn(29, 17, device=device)
+    whole = linear_log_probs(hidden, weight, tokens, bias), gather_log_probs(logits, tokens)
+    monkeypatch.setattr(log_probs, "_CHUNK_BYTES", 4 * 17 * 3)
+    assert log_probs._rows_per_chunk(17) == 3
+    torch.testing.assert_close(linear_log_probs(hidden, weight, tokens, bias), whole[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(gather_log_probs(logits, tokens), whole[1], atol=1e-6, rtol=0)
+
+
+def test_linear_never_stores_all_logits():
+    """No single operator allocates more than a chunk or two, by the profiler's account: N x V would be 64 MiB."""
+    n, d, v = 2048, 16, 8192
+    hidden, weight, tokens = torch.randn(n, d), torch.randn(v, d), torch.randint(0, v, (n,))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        linear_log_probs(hidden, weight, tokens)
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert 0 < largest <= 2 * log_probs._CHUNK_BYTES < n * v * 4
+
+
+def test_empty(device):
+    assert gather_log_probs(torch.empty(0, 5, device=device), torch.empty(0, dtype=torch.int64, device=device)).shape == (0,)
+    empty = torch.empty(0, dtype=torch.int64, device=device)
+    assert linear_log_probs(torch.empty(0, 3, device=device), torch.randn(5, 3, device=device), empty).shape == (0,)
+
+
+LOGITS, IDS = torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64)
+BAD_GATHER = [
+    ({"tokens": torch.tensor([0, 5])}, r"tokens: expected ids in 0 .. 4, got \[5\] in row 1"),
+    ({"tokens": torch.tensor([-1, 0])}, r"tokens: expected ids in 0 .. 4, got \[-1\] in row 0"),
+    ({"tokens": IDS.int()}, r"tokens: expected a torch.int64 tensor of shape \[2\], got torch.int32"),
+    ({"tokens": torch.zeros(3, dtype=torch.int64)}, r"tokens: expected a torch.int64 tensor of shape \[2\], got torch.int64 \[3\]"),
+    ({"tokens": [0, 0]}, r"tokens: expected an int64 tensor, got list"),
+    ({"logits": LOGITS.double()}, r"logits: expected a float32, bfloat16 or float16 tensor \[..., V\], got torch.float64"),
+    ({"temperature": 0.0}, r"temperature: expected a positive, finite number, got 0.0"),
+    ({"temperature": -1.0}, r"temperature: expected a positive, finite number, got -1.0"),
+    ({"forbidden": 7}, r"forbidden: expected ids in 0 .. 4, got 7"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_GATHER)
+def test_gather_bad_input(change, message):
+    with pytest.raises(ValueError, match=message):
+        gather_log_probs(**({"logits": LOGITS, "tokens": IDS} | change))
+
+
+HIDDEN, WEIGHT = torch.zeros(2, 3), torch.zeros(5, 3)
+BAD_LINEAR = [
+    ({"hidden": torch.zeros(2, 3, 1)}, r"hidden: expected a floating tensor \[N, D\], got torch.float32 \[2, 3, 1\]"),
+    ({"weight": torch.zeros(5, 4)}, r"weight: expected a floating tensor \[V, D\] with D = 3, got torch.float32 \[5, 4\]"),
+    ({"tokens": torch.tensor([0, 9])}, r"tokens: expected ids in 0 .. 4, got 9 in row 1"),
+    ({"tokens": torch.zeros(3, dtype=torch.int64)}, r"tokens: expected a torch.int64 tensor of shape \[2\]"),
+    ({"bias": torch.zeros(4)}, r"bias: expected a torch.float32 tensor of shape \[5\], got torch.float32 \[4\]"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_LINEAR)
+def test_linear_bad_input(change, message):
+    with pytest.raises(ValueError, match=message):
+        linear_log_probs(**({"hidden": HIDDEN, "weight": WEIGHT, "tokens": IDS} | change))

@@ -1,0 +1,409 @@
+"""``generate`` against exhaustive enumeration: the law of what it returns, sign, K-law, windows, prompts, and what is bitwise.
+
+Batches of tens of thousands of sequences are drawn at once. Every G-test has a fixed seed and a false-alarm rate of 1e-6.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from exact import (
+    TabularCausalLM,
+    TabularDenoiser,
+    TabularEnergy,
+    Universe,
+    g_test,
+    generate_law,
+    pick_law,
+    residual_energy,
+    total_variation,
+)
+
+from edlm.samplers import generate
+
+N = 40_000
+
+
+@pytest.fixture(scope="module")
+def universe():
+    return Universe()
+
+
+@pytest.fixture(scope="module")
+def denoiser(universe):
+    return TabularDenoiser(universe)
+
+
+@pytest.fixture(scope="module")
+def energy(universe):
+    return TabularEnergy(universe, residual_energy(universe))
+
+
+def grid(steps):
+    return [1 - i / steps for i in range(steps)] + [0.0]
+
+
+def counts(universe, tokens):
+    assert (tokens != universe.mask).all()
+    return torch.bincount(universe.index(tokens), minlength=len(universe.q)).double()
+
+
+# --- laws ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_law_of_plain_masked_diffusion(universe, denoiser, steps):
+    law = generate_law(universe, lambda xt, t: universe.product(xt), grid(steps))
+    out = generate(denoiser, batch_size=N, length=3, steps=steps, seed=1)
+    assert g_test(counts(universe, out.tokens), law) > 1e-6
+
+
+@pytest.mark.parametrize(("steps", "k", "window"), [(1, 2, (0, 1)), (2, 3, (0, 1)), (2, 2, (0.5, 1)), (3, 2, (0, 0.7))])
+def test_law_with_an_energy(universe, denoiser, energy, steps, k, window):
+    """The finite-K law, enumerated over all K-tuples of candidates, through all states and steps, window included."""
+
+    def completion(xt, t):
+        mu = universe.product(xt)
+        return pick_law(mu, residual_energy(universe)(xt), k) if window[0] < t <= window[1] else mu
+
+    law = generate_law(universe, completion, grid(steps))
+    out = generate(
+        denoiser, batch_size=N, length=3, steps=steps, seed=2, energy=energy, num_candidates=k, window=window
+    )
+    assert g_test(counts(universe, out.tokens), law) > 1e-6
+    # The test has teeth: the laws of K = 1 and of the reversed sign are rejected.
+    plain = generate_law(universe, lambda xt, t: universe.product(xt), grid(steps))
+    assert g_test(counts(universe, out.tokens), plain) < 1e-6
+    wrong = generate_law(
+        universe,
+        lambda xt, t: pick_law(universe.product(xt), -residual_energy(universe)(xt).nan_to_num(posinf=-50), k),
+        grid(steps),
+    )
+    assert g_test(counts(universe, out.tokens), wrong) < 1e-6
+
+
+def test_more_candidates_come_closer_to_the_data(universe, denoiser, energy):
+    """One step. The enumerated total variation falls with K, and the sampler attains each within its own noise."""
+    state = (universe.mask,) * 3
+    previous = math.inf
+    for k in (1, 2, 3):
+        law = pick_law(universe.product(state), residual_energy(universe)(state), k)
+        distance = total_variation(law, universe.q)
+        assert distance < previous
+        previous = distance
+        out = generate(denoiser, batch_size=N, length=3, steps=1, seed=k, energy=energy, num_candidates=k, window=(0, 1))
+        assert g_test(counts(universe, out.tokens), law) > 1e-6
+    many = generate(denoiser, batch_size=N, length=3, steps=1, seed=9, energy=energy, num_candidates=256, window=(0, 1))
+    assert total_variation(counts(universe, many.tokens) / N, universe.q) < 0.02
+
+
+@pytest.mark.parametrize("carry_over", [False, True])
+def test_autoregressive_energies(universe, denoiser, carry_over):
+    """A residual energy made of a tabular AR model: p_AR(x0 | xt) in the limit (AR), or the enumerated K-law (coAR)."""
+    from edlm.models import ARResidualEnergy
+
+    p = universe.autoregressive(0.5)
+    ar = TabularCausalLM(universe, p)
+    model = ARResidualEnergy(ar, carry_over=carry_over, mask_token_id=universe.mask)
+
+    def completion(xt, t):
+        mu = universe.product(xt)
+        masked = torch.tensor([token == universe.mask for token in xt])
+        terms = ar.table[:, masked].sum(1) if carry_over else ar.table.sum(1)
+        return pick_law(mu, torch.where(mu > 0, mu.log() - terms, math.inf), 2)
+
+    law = generate_law(universe, completion, grid(2))
+    out = generate(denoiser, batch_size=N, length=3, steps=2, seed=5, energy=model, num_candidates=2, window=(0, 1))
+    assert g_test(counts(universe, out.tokens), law) > 1e-6
+
+
+def first_hitting_law(universe, completion):
+    """Uniformly random order, one position at a time."""
+    states = {(universe.mask,) * universe.length: 1.0}
+    for _ in range(universe.length):
+        following = {}
+        for xt, mass in states.items():
+            masked = [i for i, token in enumerate(xt) if token == universe.mask]
+            for i in masked:
+                for row, p in enumerate(completion(xt).tolist()):
+                    xs = (*xt[:i], int(universe.sequences[row, i]), *xt[i + 1 :])
+                    following[xs] = following.get(xs, 0.0) + mass * p / len(masked)
+        states = following
+    law = torch.zeros_like(universe.q)
+    for xt, mass in states.items():
+        law[universe.index(torch.tensor(xt))] += mass
+    return law
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_first_hitting(universe, denoiser, energy, k):
+    """Its enumerated law; with perfect marginals that law is q itself, the limit of many ancestral steps."""
+
+    def completion(xt):
+        return pick_law(universe.product(xt), residual_energy(universe)(xt), k)
+
+    law = first_hitting_law(universe, completion)
+    if k == 1:
+        assert total_variation(law, universe.q) < 1e-12
+        many = generate_law(universe, lambda xt, t: universe.product(xt), grid(256))
+        assert total_variation(many, law) < 3e-3
+    out = generate(
+        denoiser, batch_size=N, length=3, sampler="first_hitting", seed=3, energy=energy, num_candidates=k, window=(0, 1)
+    )
+    assert g_test(counts(universe, out.tokens), law) > 1e-6
+    assert out.nfe == 3
+
+
+def test_first_hitting_window_is_per_sequence(universe, denoiser, energy):
+    out = generate(
+        denoiser, batch_size=500, length=3, sampler="first_hitting", seed=3, energy=energy, num_candidates=4, window=(0.5, 0.9)
+    )
+    inside = (out.step_times > 0.5) & (out.step_times <= 0.9)
+    assert inside.any() and not inside.all()
+    assert torch.equal(inside, ~out.ess.isnan())
+
+
+def test_prompts_and_infilling(universe, denoiser, energy):
+    """Rows of one batch with different prompts: each follows its own conditional law and keeps its tokens."""
+    m = universe.mask
+    prompts = [(1, m, m), (m, 2, m), (m, m, m), (0, m, 1)]
+    prompt = torch.tensor(prompts).repeat(N // 4, 1)
+    out = generate(denoiser, prompt=prompt, steps=2, seed=4, energy=energy, num_candidates=2, window=(0, 1))
+    given = prompt != m
+    assert torch.equal(out.tokens[given], prompt[given])
+
+    def completion(xt, t):
+        return pick_law(universe.product(xt), residual_energy(universe)(xt), 2)
+
+    for row, start in enumerate(prompts):
+        law = generate_law(universe, completion, grid(2), start=start)
+        assert g_test(counts(universe, out.tokens[row::4]), law) > 1e-6
+
+
+def test_tempered_proposal_keeps_its_target(universe, denoiser, energy):
+    """With a temperature the weights are corrected: at K = 2 the enumerated law of the pick, and q in the limit of K."""
+    state = (universe.mask,) * 3
+    marginals = universe.marginals(state) ** (1 / 1.5)
+    marginals = marginals / marginals.sum(1, keepdim=True)
+    proposal = marginals[torch.arange(3), universe.sequences].prod(1)
+    # Weight of a candidate: exp(-E) mu / proposal = q / proposal.
+    law = pick_law(proposal, -(universe.q / proposal).log(), 2)
+    arguments = {"batch_size": N, "length": 3, "steps": 1, "energy": energy, "window": (0, 1), "temperature": 1.5}
+    out = generate(denoiser, seed=6, num_candidates=2, **arguments)
+    assert g_test(counts(universe, out.tokens), law) > 1e-6
+    many = generate(denoiser, seed=7, num_candidates=256, **arguments)
+    assert total_variation(counts(universe, many.tokens) / N, universe.q) < 0.02
+
+
+def test_filtered_proposal_targets_its_support(universe, denoiser, energy):
+    """top_k = 2 removes a token at each position; what is left is q restricted to that support, as K grows."""
+    state = (universe.mask,) * 3
+    keep = torch.zeros(3, 3, dtype=torch.bool).scatter_(1, universe.marginals(state).topk(2, dim=1).indices, True)
+    support = keep[torch.arange(3), universe.sequences].all(1)
+    target = universe.q * support / (universe.q * support).sum()
+    out = generate(
+        denoiser, batch_size=N, length=3, steps=1, seed=8, energy=energy, num_candidates=256, window=(0, 1), top_k=2
+    )
+    seen = counts(universe, out.tokens)
+    assert seen[~support].sum() == 0
+    assert total_variation(seen / N, target) < 0.02
+
+
+def test_constant_energy_and_infinite_temperature_are_plain_in_law(universe, denoiser, energy):
+    law = generate_law(universe, lambda xt, t: universe.product(xt), grid(2))
+    constant = TabularEnergy(universe, lambda xt: torch.full((27,), 3.0, dtype=torch.float64))
+    for model, energy_temperature in ((constant, 1.0), (energy, math.inf)):
+        out = generate(
+            denoiser, batch_size=N, length=3, steps=2, seed=10, energy=model, num_candidates=4, window=(0, 1),
+            energy_temperature=energy_temperature,
+        )  # fmt: skip
+        assert g_test(counts(universe, out.tokens), law) > 1e-6
+
+
+def test_number_opened_in_a_step_is_binomial(universe, denoiser):
+    out = generate(denoiser, batch_size=N, length=3, steps=4, seed=11, return_history=True)
+    opened = ((out.history[0] != universe.mask) ^ (out.history[1] != universe.mask)).sum(1)
+    law = torch.tensor([math.comb(3, n) * 0.25**n * 0.75 ** (3 - n) for n in range(4)], dtype=torch.float64)
+    assert g_test(torch.bincount(opened, minlength=4).double(), law) > 1e-6
+
+
+# --- what is bitwise -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "first_hitting"])
+def test_one_candidate_or_an_empty_window_is_plain(universe, denoiser, energy, sampler):
+    common = {"batch_size": 300, "length": 3, "sampler": sampler, "seed": 12, "steps": 3 if sampler == "ancestral" else None}
+    plain = generate(denoiser, **common).tokens
+    one = generate(denoiser, energy=energy, num_candidates=1, window=(0, 1), **common)
+    never = generate(denoiser, energy=energy, num_candidates=8, window=(1, 1), **common)
+    assert torch.equal(one.tokens, plain) and torch.equal(never.tokens, plain)
+    assert one.energy_nfe == 0 and never.energy_nfe == 0
+    assert not torch.equal(generate(denoiser, energy=energy, num_candidates=8, window=(0, 1), **common).tokens, plain)
+
+
+def test_a_sequence_does_not_depend_on_its_batch(universe, denoiser, energy):
+    m = universe.mask
+    prompt = torch.tensor([(m, m, m), (1, m, m), (m, 0, m), (m, m, 2), (m, m, m)])
+    for sampler, steps in (("ancestral", 4), ("first_hitting", None)):
+        common = {"sampler": sampler, "steps": steps, "energy": energy, "num_candidates": 3, "window": (0.3, 1)}
+        seeds = torch.tensor([5, 17, -4, 1 << 40, 6])
+        whole = generate(denoiser, prompt=prompt, seed=seeds, **common).tokens
+        for rows in ([2], [4, 0], [3, 2, 1]):
+            part = generate(denoiser, prompt=prompt[rows], seed=seeds[rows], **common).tokens
+            assert torch.equal(part, whole[rows])
+
+
+def test_energy_shift_changes_nothing(universe, denoiser):
+    base = residual_energy(universe)
+    shifted = TabularEnergy(universe, lambda xt: base(xt) + 4.0 * sum(xt))  # a power of two apart, so that float32 rounds alike
+    common = {"batch_size": 2000, "length": 3, "steps": 3, "seed": 13, "num_candidates": 4, "window": (0, 1)}
+    a = generate(denoiser, energy=TabularEnergy(universe, base), **common)
+    b = generate(denoiser, energy=shifted, **common)
+    assert (a.tokens == b.tokens).all(1).double().mean() > 0.999
+    torch.testing.assert_close(a.ess, b.ess, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+class HeadDenoiser:
+    """The tabular denoiser split into hidden and head; it records which rows the head was asked for."""
+
+    def __init__(self, inner):
+        self.inner, self.mask_token_id, self.vocab_size, self.rows = inner, inner.mask_token_id, inner.vocab_size, []
+
+    def hidden(self, xt, t):
+        return self.inner(xt, t)
+
+    def head(self, hidden):
+        self.rows.append(len(hidden))
+        return hidden
+
+    def __call__(self, xt, t):
+        raise AssertionError("a denoiser with hidden and head is not asked for all logits")
+
+
+@pytest.mark.parametrize("shaping", [{}, {"temperature": 0.8}, {"top_k": 2, "temperature": 1.2}])
+def test_head_rows(universe, denoiser, energy, shaping):
+    """The head on the rows that matter gives the very same draws, and sees opening rows outside the window, masked ones inside."""
+    common = {
+        "batch_size": 50, "length": 3, "steps": 4, "seed": 14, "energy": energy, "num_candidates": 3, "window": (0.5, 1), **shaping
+    }  # fmt: skip
+    whole = generate(denoiser, return_history=True, **common)
+    split = HeadDenoiser(denoiser)
+    assert torch.equal(generate(split, **common).tokens, whole.tokens)
+    masked = (whole.history[:-1] == universe.mask) & ~whole.step_times.isnan()[:, :, None]
+    opened = (whole.history[:-1] == universe.mask) & (whole.history[1:] != universe.mask)
+    expected = [
+        int((masked if whole.step_times[n].nan_to_num().max() > 0.5 else opened)[n].sum()) for n in range(len(whole.step_times))
+    ]
+    assert split.rows == expected
+
+
+def test_global_generator_is_not_touched(denoiser):
+    state = torch.get_rng_state()
+    generate(denoiser, batch_size=2, length=3, steps=2)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# --- work, diagnostics, modes ----------------------------------------------------------------------------------------------------
+
+
+def test_no_call_when_nothing_opens(universe, denoiser):
+    for seed in range(5):
+        denoiser.calls = 0
+        out = generate(denoiser, batch_size=1, length=3, steps=1024, seed=seed)
+        assert out.nfe == denoiser.calls <= 3
+
+
+def test_diagnostics(universe, denoiser, energy):
+    energy.calls = 0
+    out = generate(
+        denoiser, batch_size=4, length=3, steps=4, seed=0, energy=energy, num_candidates=6, window=(0.5, 1), return_history=True
+    )
+    used = out.step_times > 0.5
+    assert out.energy_nfe == energy.calls == int(used.any(1).sum())
+    assert torch.equal(~out.ess.isnan(), used) and torch.equal(~out.log_Z.isnan(), used)
+    assert ((out.ess[used] >= 1) & (out.ess[used] <= 6)).all()
+    assert out.history.shape == (len(out.step_times) + 1, 4, 3)
+    assert (out.history[0] == universe.mask).all() and torch.equal(out.history[-1], out.tokens)
+    assert set(out.stage_seconds) == {"denoise", "propose", "energy", "select", "reverse"}
+    assert all(seconds >= 0 for seconds in out.stage_seconds.values())
+
+
+def test_log_z_is_unbiased_before_the_log(universe, denoiser):
+    """mean exp(log_Z) is Z = 1 for the residual energy of q (five standard errors), and mean log_Z is below 0 (Jensen)."""
+    energy = TabularEnergy(universe, residual_energy(universe))
+    out = generate(denoiser, batch_size=N, length=3, steps=1, seed=15, energy=energy, num_candidates=4, window=(0, 1))
+    z = out.log_Z[0].double().exp()
+    assert abs(z.mean() - 1) < 5 * z.std() / math.sqrt(N)
+    assert out.log_Z.mean() < 0
+
+
+def test_dropout_is_off_and_the_mode_is_restored(universe, denoiser):
+    class Noisy(torch.nn.Module):
+        mask_token_id, vocab_size = universe.mask, universe.num_tokens + 1
+
+        def __init__(self):
+            super().__init__()
+            self.dropout = torch.nn.Dropout(0.9)
+            self.frozen = torch.nn.Dropout(0.5).eval()
+
+        def forward(self, xt, t):
+            return self.dropout(denoiser(xt, t).clamp_min(-1e4))
+
+    noisy = Noisy()
+    noisy.frozen.eval()
+    tokens = generate(noisy, batch_size=200, length=3, steps=2, seed=16).tokens
+    assert torch.equal(tokens, generate(denoiser, batch_size=200, length=3, steps=2, seed=16).tokens)
+    assert noisy.training and noisy.dropout.training and not noisy.frozen.training
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------------------
+
+FULL = {"batch_size": 2, "length": 3, "steps": 2}
+BAD = [
+    ({"steps": 0}, r"steps: expected an int >= 1 .* got 0"),
+    ({"steps": None}, r"steps: expected an int >= 1 .* got None"),
+    ({"sampler": "first_hitting"}, r"steps: the first-hitting sampler .* got 2"),
+    ({"sampler": "ddim"}, r"sampler: expected one of ancestral, first_hitting, got 'ddim'"),
+    ({"batch_size": 0}, r"batch_size: expected an int >= 1 where there is no prompt, got 0"),
+    ({"length": None}, r"length: expected an int >= 1 where there is no prompt, got None"),
+    ({"window": (0.2, 1.1)}, r"window: expected 0 <= lo <= hi <= 1, got \(0.2, 1.1\)"),
+    ({"window": (0.9, 0.2)}, r"window: expected 0 <= lo <= hi <= 1"),
+    ({"window": 0.2}, r"window: expected a pair \(lo, hi\), got 0.2"),
+    ({"window": (math.nan, 1)}, r"window: expected 0 <= lo"),
+    ({"num_candidates": 0}, r"num_candidates: expected an int >= 1, got 0"),
+    ({"num_candidates": 4}, r"num_candidates: 4 candidates need an energy"),
+    ({"temperature": -0.5}, r"temperature: expected a finite number >= 0 \(0 is greedy\), got -0.5"),
+    ({"prompt": torch.zeros(2, 3, dtype=torch.int64)}, r"prompt: expected the mask \(3\) wherever text is wanted, got none"),
+    ({"prompt": torch.tensor([[3, 3, 9]]), "batch_size": None}, r"prompt: expected ids in 0 .. 3, got 9"),
+    ({"prompt": torch.tensor([3, 3])}, r"prompt: expected an int64 tensor \[B, L\], got torch.int64 \[2\]"),
+    ({"prompt": torch.full((4, 3), 3)}, r"batch_size: the prompt has 4, got 2"),
+    ({"seed": 0.5}, r"seed: expected an int"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD)
+def test_bad_input(denoiser, change, message):
+    with pytest.raises(ValueError, match=message):
+        generate(denoiser, **(FULL | change))
+
+
+def test_bad_networks(universe, denoiser, energy):
+    with pytest.raises(ValueError, match=r"denoiser: expected an int attribute mask_token_id"):
+        generate(lambda xt, t: xt, **FULL)
+
+    class Wrong:
+        mask_token_id, vocab_size = 3, 4
+
+        def __call__(self, xt, t):
+            return torch.zeros(*xt.shape, 5)
+
+    with pytest.raises(ValueError, match=r"denoiser: expected logits \[B, L, V\] = \[2, 3, 4\], got \[2, 3, 5\]"):
+        generate(Wrong(), **FULL)
+    with pytest.raises(ValueError, match=r"energy: expected a floating tensor \[B, K\] = \[2, 8\], got torch.float32 \[2\]"):
+        generate(denoiser, energy=lambda x0, xt, t, log_p: torch.zeros(2), window=(0, 1), **FULL)
+    with pytest.raises(ValueError, match=r"energy: expected finite energies"):
+        generate(denoiser, energy=lambda x0, xt, t, log_p: torch.full(x0.shape[:2], math.nan), window=(0, 1), **FULL)
+    with pytest.raises(ValueError, match=r"energy_temperature: expected a number >= 0 .* got -1.0"):
+        generate(denoiser, energy=energy, window=(0, 1), energy_temperature=-1.0, **FULL)
