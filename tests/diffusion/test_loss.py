@@ -86,7 +86,7 @@ def test_monte_carlo_reaches_the_entropy(noise: NoiseSchedule) -> None:
     assert abs(float(loss.nats.mean()) - ENTROPY) < 4.5 * stderr
 
 
-def test_eps_or_t_min_come_out_below_the_entropy() -> None:
+def test_eps_comes_out_below_the_entropy() -> None:
     """mask_prob stops at 1 - eps: the integral of expected_nats(p) / p lacks its end, near -log mu at full noise times eps."""
     for eps in (1e-3, 0.2):
         nodes, weights = np.polynomial.legendre.leggauss(40)
@@ -119,6 +119,15 @@ def test_finite_steps_by_monte_carlo(noise: NoiseSchedule, steps: int, all_steps
     loss = discrete_nelbo(denoiser, draws(n), MaskedDiffusion(noise, UNIVERSE.mask), steps, seed=3, all_steps=all_steps)
     assert denoiser.calls == (steps if all_steps else 1)
     assert abs(float(loss.nats.mean()) - exact_discrete(noise, steps)) < 4.5 * float(loss.nats.std()) / math.sqrt(n)
+
+
+def test_each_of_all_steps_has_its_own_noise() -> None:
+    denoiser, x0 = TabularDenoiser(UNIVERSE), draws(50)
+    loss = discrete_nelbo(denoiser, x0, LINEAR, 2, seed=3, offset=5, all_steps=True)
+    states = [LINEAR.q_sample(x0, t, seed=3, offset=offset) for t, offset in ((1.0, 10), (0.5, 11))]
+    terms = [masked_nats(denoiser, x0, xt, torch.ones(50)) for xt in states]
+    torch.testing.assert_close(loss.nats, 0.5 * terms[0] + terms[1])
+    assert torch.equal(loss.num_masked, sum((xt == UNIVERSE.mask).sum(1) for xt in states))
 
 
 class EmbeddingDenoiser(torch.nn.Module):

@@ -44,9 +44,9 @@ def test_ends(noise: NoiseSchedule) -> None:
     assert noise.time_of_mask_prob(1 - noise.eps) == 1
     assert math.isinf(noise.loss_weight(0.0))
     assert math.isinf(noise.sigma(1.0)) == (noise.eps == 0)
-    # alpha is 1 here to the last bit, so forms that start from it would give 0 or inf
-    assert noise.sigma(1e-30) == pytest.approx(float(noise.mask_prob(1e-30)), rel=1e-12)
+    # alpha is 1 here to the last bit: forms that start from it would give 0 or inf. (approx is absolute by default.)
     assert noise.mask_prob(1e-30) > 0
+    assert noise.sigma(1e-30) == pytest.approx(float(noise.mask_prob(1e-30)), rel=1e-12, abs=0)
     assert noise.loss_weight(1e-30) == pytest.approx(1e30, rel=1e-12)
 
 
@@ -57,7 +57,7 @@ def test_known_values() -> None:
     assert CosineSchedule().loss_weight(0.5) == pytest.approx(math.pi / 2)
     assert CosineSchedule(eps=0.0).loss_weight(1.0) == 0
     near = 1 - 2.0**-30  # cosine: alpha = 2 sin^2(pi/4 2^-30), far below the spacing of doubles around 1
-    assert CosineSchedule(eps=0.0).alpha(near) == pytest.approx(2 * (math.pi / 4 * 2.0**-30) ** 2, rel=1e-9)
+    assert CosineSchedule(eps=0.0).alpha(near) == pytest.approx(2 * (math.pi / 4 * 2.0**-30) ** 2, rel=1e-9, abs=0)
 
 
 def test_shapes_and_dtypes() -> None:

@@ -58,6 +58,24 @@ def test_denoiser_that_looks_at_t() -> None:
     assert abs(curved.mean - (0.2 + 1 - 2 / math.pi)) < 4.5 * curved.stderr < 0.03
 
 
+def test_denoiser_that_looks_at_t_and_at_the_masks() -> None:
+    """Given n of 2 masked, the mask probability is Beta(n, 3 - n): -log mu = 0.2 + (t - n/2)^2 has a NELBO of 0.2 + 1/8 a token.
+
+    E (p - 1/2)^2 under Beta(1, 2) is 1/12, E (p - 1)^2 under Beta(2, 1) is 1/6; n is uniform. Times that are uniform, but not of
+    that law given n, fail here.
+    """
+
+    class Clock:
+        mask_token_id, vocab_size = 2, 3
+
+        def __call__(self, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            p = torch.exp(-0.2 - (t - (xt == 2).sum(1) / 2).square())
+            return torch.stack([p.log(), (1 - p).log(), torch.full_like(p, 9.0)], 1)[:, None].expand(-1, 2, -1)
+
+    estimate = nelbo(Clock(), torch.zeros(10_000, 2, dtype=torch.int64), batch_size=10_000)
+    assert abs(estimate.mean - 0.325) < 4.5 * estimate.stderr < 0.01
+
+
 def test_eps_leaves_a_part_out() -> None:
     """eps = 0.2: independent uniform tokens, -log mu = log 2 everywhere, so exactly 0.8 log 2 a token instead of log 2."""
 
@@ -122,6 +140,7 @@ def test_batches_leave_no_trace(steps: int | None) -> None:
     assert np.mean(ones) == pytest.approx(whole.mean, rel=1e-12)
     assert np.unique(ones).size > 5
     assert nelbo(denoiser, x0, steps=steps, num_times=3, seed=5) != whole
+    assert nelbo(denoiser, x0, steps=steps, num_times=3, seed=torch.arange(4, 14)) == whole
 
 
 def test_mode_is_restored_and_dropout_is_off() -> None:

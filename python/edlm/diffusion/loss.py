@@ -74,8 +74,9 @@ def nelbo_loss(
     """Continuous-time NELBO: E_t E_xt loss_weight(t) sum over masked i of -log mu_i(x0_i | xt), t uniform in (t_min, 1].
 
     With eps = 0 and t_min = 0 it is unbiased for the bound, which a perfect factorised denoiser brings to the entropy of the
-    data. With eps or t_min above 0 a part of the integral is missing and it comes out lower. The weight at small t makes single
-    terms large: train with t_min = 1e-3 for bounded ones; ``edlm.eval.nelbo`` has an estimator of finite variance.
+    data. With eps > 0 the noisiest part of the integral is missing and it comes out lower; with t_min > 0 it is the mean over the
+    rest of the times, which is no bound either. The weight at small t makes single terms large: train with t_min = 1e-3 for
+    bounded ones; ``edlm.eval.nelbo`` has an estimator of finite variance.
 
     Args:
         denoiser: logits [B, L, V] of (xt, t), or hidden and head. x0: int64 [B, L] without masks.
@@ -89,7 +90,7 @@ def nelbo_loss(
         ValueError: wrong shapes; masks in x0; times outside (0, 1]; a diffusion with another mask than the denoiser's.
 
     RNG: corruption as in ``MaskedDiffusion.q_sample``; times from Philox(seed of row 0; 0, 0, offset, TIME).
-    Source: Sahoo et al., arXiv 2406.07524, equation 10.
+    Source: Sahoo et al., arXiv 2406.07524 (continuous-time NELBO).
     """
     _check(denoiser, x0, diffusion)
     batch = x0.shape[0]

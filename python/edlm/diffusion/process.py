@@ -71,7 +71,7 @@ class MaskedDiffusion:
         schedule: alpha(t).
         mask_token_id: the id of the mask, >= 0.
 
-    Source: Sahoo et al., arXiv 2406.07524, sections 3.1 and 3.2.
+    Source: Sahoo et al., arXiv 2406.07524.
     """
 
     schedule: NoiseSchedule
@@ -183,8 +183,8 @@ class MaskedDiffusion:
         """Times for a batch, stratified: float64 [B] in (t_min, 1], one in each B-th of the interval, each uniform by itself.
 
         Args:
-            t_min: in [0, 1). 0 is unbiased for the NELBO. The weight 1/t makes its variance grow with the log of the number of
-                draws; 1e-3 bounds the weight, and the NELBO then leaves out t < 1e-3 (about 0.1 % of a large model's loss).
+            t_min: in [0, 1). 0 is unbiased for the NELBO, but its terms have infinite variance (their weight is 1/t); 1e-3 bounds
+                the weight by 1000, and the mean is over the times above it.
 
         RNG: Philox(seed; 0, 0, offset, TIME), one uniform for the batch.
         """

@@ -79,7 +79,7 @@ class NoiseSchedule(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class LogLinearSchedule(NoiseSchedule):
-    """mask_prob(t) = (1 - eps) t; loss_weight(t) = 1 / t. Source: Sahoo et al., arXiv 2406.07524, appendix on noise schedules."""
+    """mask_prob(t) = (1 - eps) t; loss_weight(t) = 1 / t. Source: Sahoo et al., arXiv 2406.07524."""
 
     def _alpha(self, t: torch.Tensor) -> torch.Tensor:
         return self.eps + (1 - self.eps) * (1 - t)

@@ -23,7 +23,7 @@ def subs_log_probs(logits: torch.Tensor, xt: torch.Tensor, mask_token_id: int) -
     Raises:
         ValueError: wrong shapes or dtypes; a mask outside the vocabulary.
 
-    Source: Sahoo et al., arXiv 2406.07524, section 3.2.3.
+    Source: Sahoo et al., arXiv 2406.07524 (SUBS parameterisation).
     """
     if logits.dim() != 3 or not logits.is_floating_point():
         raise ValueError(f"logits: expected a floating tensor [B, L, V], got {logits.dtype} {list(logits.shape)}")

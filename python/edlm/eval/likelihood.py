@@ -13,6 +13,7 @@ from ..diffusion import LogLinearSchedule, MaskedDiffusion, NoiseSchedule, maske
 from ..diffusion.loss import step_weight
 from ..diffusion.process import check_tokens, corruption_uniforms
 from ..ops import Purpose, philox_uniform
+from ..ops._philox import expand_seed
 from ..protocols import CausalLM, Denoiser
 
 
@@ -126,7 +127,7 @@ def nelbo(
     schedule: NoiseSchedule | None = None,
     steps: int | None = None,
     num_times: int = 1,
-    seed: int = 0,
+    seed: int | torch.Tensor = 0,
     batch_size: int = 64,
 ) -> Estimate:
     """The NELBO of the proposal, an upper bound of -log p in expectation: nats per token, unbiased when eps = 0.
@@ -147,6 +148,7 @@ def nelbo(
         x0: int64 [N, L] without masks, moved to the module's device batch by batch.
         schedule: log-linear with eps = 0 if None.
         num_times: draws a sequence, stratified over n (or over the steps) within it.
+        seed: an int s (sequence i draws with s + i) or int64 [N].
         batch_size: rows (sequence, draw) in one call. It does not change the draws.
 
     Returns:
@@ -156,9 +158,9 @@ def nelbo(
     Raises:
         ValueError: wrong shapes; masks in x0; counts below 1.
 
-    RNG: sequence i has seed + i. Philox(seed + i; 0, 0, 0, TIME) stratifies its draws k = 0, 1, ...; draw k masks with
-    Philox(seed + i; position, 0, k, CORRUPT).
-    Source: Sahoo et al., arXiv 2406.07524, equation 10; the form over n: Ou et al., arXiv 2406.03736.
+    RNG: Philox(seed[i]; 0, 0, 0, TIME) stratifies the draws k = 0, 1, ... of sequence i; draw k masks with
+    Philox(seed[i]; position, 0, k, CORRUPT).
+    Source: Sahoo et al., arXiv 2406.07524 (continuous-time NELBO); the form over n: Ou et al., arXiv 2406.03736.
     """
     _check_data(x0, batch_size)
     _check_count("num_times", num_times)
@@ -169,10 +171,11 @@ def nelbo(
     values = torch.empty(count * num_times, dtype=torch.float64)
     with _evaluating(denoiser) as device:
         device = device or x0.device
+        all_seeds = expand_seed(seed, count, device)
         for start in range(0, len(values), batch_size):
             row = torch.arange(start, min(start + batch_size, len(values)), device=device)
             draw, sequence = row % num_times, row // num_times
-            seeds = seed + sequence
+            seeds = all_seeds[sequence]
             u, _ = philox_uniform(seeds, purpose=Purpose.TIME)
             v = (u + draw) / num_times
             data = x0[sequence.to(x0.device)].to(device)

@@ -1,0 +1,68 @@
+"""CausalLM: the autoregressive model, with BOS in front, so that every token is scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..ops import linear_log_probs
+from .layers import LayerNorm
+from .pretrained import Pretrained
+from .transformer import Transformer, check_ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalLMConfig:
+    """Sizes of a CausalLM. ``vocab_size`` counts the tokens that it predicts: no mask. ``bos_token_id`` may be any id, that of the
+    mask or an end-of-text token included: it is only ever read."""
+
+    vocab_size: int
+    bos_token_id: int
+    dim: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 1 or self.bos_token_id < 0:
+            raise ValueError(
+                f"vocab_size, bos_token_id: expected numbers >= 1 and >= 0, got {self.vocab_size}, {self.bos_token_id}"
+            )
+
+
+class CausalLM(Pretrained, nn.Module):
+    """p(x) = prod_i p(x_i | BOS, x_<i): ``log_probs(x0) -> [N, L]`` scores every token, the first one included."""
+
+    kind = "causal_lm"
+    config_class = CausalLMConfig
+
+    def __init__(self, config: CausalLMConfig) -> None:
+        super().__init__()
+        self.config, self.vocab_size = config, config.vocab_size
+        self.vocab_embed = nn.Embedding(max(config.vocab_size, config.bos_token_id + 1), config.dim)
+        nn.init.normal_(self.vocab_embed.weight, std=0.02)
+        self.transformer = Transformer(config.dim, config.num_layers, config.num_heads, config.dropout, causal=True)
+        self.norm_final = LayerNorm(config.dim)
+        self.linear = nn.Linear(config.dim, config.vocab_size, bias=False)
+        nn.init.normal_(self.linear.weight, std=0.02)
+
+    def hidden(self, x0: torch.Tensor) -> torch.Tensor:
+        """int64 [N, L] -> [N, L, dim]; row i has read BOS and x_<i, and predicts x_i."""
+        check_ids("x0", x0, self.vocab_size)
+        bos = torch.full_like(x0[:, :1], self.config.bos_token_id)
+        return self.norm_final(self.transformer(self.vocab_embed(torch.cat([bos, x0[:, :-1]], 1)[:, : x0.shape[1]])))
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., dim] -> logits [..., V]."""
+        return self.linear(hidden)
+
+    def forward(self, x0: torch.Tensor) -> torch.Tensor:
+        """int64 [N, L] -> logits [N, L, V]; logits[:, i] predict x0[:, i]."""
+        return self.head(self.hidden(x0))
+
+    def log_probs(self, x0: torch.Tensor) -> torch.Tensor:
+        """log p(x_i | x_<i), natural log: int64 [N, L] -> float32 [N, L], differentiable. N x L x V logits are never stored."""
+        hidden = self.hidden(x0)
+        return linear_log_probs(hidden.flatten(0, 1), self.linear.weight, x0.flatten()).view(x0.shape)

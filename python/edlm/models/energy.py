@@ -1,0 +1,76 @@
+"""Residual energies of whole sequences. Low energy is good."""
+
+from __future__ import annotations
+
+import torch
+
+from ..protocols import CausalLM
+
+
+class ARResidualEnergy:
+    """An autoregressive model as the energy of EDLM-AR, or of EDLM-coAR with ``carry_over``.
+
+    EDLM-AR: E = -sum_i log p_AR(x_i | x_<i) + log mu(x0 | xt), so that mu exp(-E) = p_AR(x0) and Z(xt) = p_AR(what is observed).
+    Carry-over: E = -sum over masked i of log p_AR(x_i | x_<i) + log mu(x0 | xt), with Z = 1 for every xt; it does not see that
+    a candidate makes the observed tokens to its right unlikely.
+
+    Args:
+        causal_lm: anything with ``log_probs(x0 [N, L]) -> [N, L]``. A torch module is put in eval mode here and must stay there.
+        carry_over: score masked positions alone.
+        mask_token_id: of the denoiser: it tells which positions of xt are masked.
+        max_bytes: sequences go through the model in chunks that this bounds, by ``bytes_per_token``; the result does not depend on
+            it but for the last bits of matrix products.
+        bytes_per_token: what the model needs for one token of one sequence while scoring. The default estimates it from the
+            model's configuration (``dim``: attention inputs and the MLP, 4 bytes a number), and is 64 KiB for a model without one.
+
+    Source: Xu et al., arXiv 2410.21357, section 4.
+    """
+
+    def __init__(
+        self,
+        causal_lm: CausalLM,
+        carry_over: bool = False,
+        *,
+        mask_token_id: int,
+        max_bytes: int = 256 << 20,
+        bytes_per_token: int | None = None,
+    ) -> None:
+        if not callable(getattr(causal_lm, "log_probs", None)):
+            raise ValueError(f"causal_lm: expected log_probs(x0 [N, L]) -> [N, L] (edlm.protocols.CausalLM), got {causal_lm!r}")
+        if max_bytes < 1:
+            raise ValueError(f"max_bytes: expected a number >= 1, got {max_bytes}")
+        if isinstance(causal_lm, torch.nn.Module):
+            causal_lm.eval()
+        self.causal_lm, self.carry_over, self.mask_token_id, self.max_bytes = causal_lm, carry_over, mask_token_id, max_bytes
+        dim = getattr(getattr(causal_lm, "config", None), "dim", None)
+        # Residual, norm, q, k, v, attention output, two of the MLP's 4 x dim.
+        self.bytes_per_token = bytes_per_token or (14 * 4 * dim if dim else 64 << 10)
+
+    @torch.no_grad()
+    def __call__(self, x0: torch.Tensor, xt: torch.Tensor, t: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+        """Energies of K candidates a sequence, in nats.
+
+        Args:
+            x0: int64 [B, K, L], complete. xt: int64 [B, L]. t: floating [B], not used. log_p: float32 [B, K, L], log mu a token.
+
+        Returns:
+            float32 [B, K]; sums over positions are float64.
+
+        Raises:
+            ValueError: shapes that do not fit; a module in train mode (dropout would be part of the energy).
+        """
+        if x0.dim() != 3 or tuple(xt.shape) != (x0.shape[0], x0.shape[2]) or log_p.shape != x0.shape:
+            raise ValueError(
+                f"x0, xt, log_p: expected [B, K, L], [B, L] and [B, K, L], got {list(x0.shape)}, {list(xt.shape)}, {list(log_p.shape)}"
+            )
+        if getattr(self.causal_lm, "training", False):
+            raise ValueError("causal_lm: expected a model in eval mode, got one in train mode; call eval() before sampling")
+        batch, k, length = x0.shape
+        rows = x0.reshape(batch * k, length)
+        chunk = max(1, self.max_bytes // max(1, self.bytes_per_token * length))
+        scored = torch.cat([self.causal_lm.log_probs(part) for part in rows.split(chunk)]) if len(rows) else rows.float()
+        terms = scored.view(batch, k, length).double()
+        if self.carry_over:
+            # Not a product with 0: a token that the model holds impossible has -inf.
+            terms = terms.masked_fill((xt != self.mask_token_id)[:, None], 0.0)
+        return (log_p.double().sum(-1) - terms.sum(-1)).float()

@@ -1,0 +1,46 @@
+"""save_pretrained and from_pretrained: a network, its configuration and its tokenizer's description in one checkpoint folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+
+from .. import checkpoint
+from ..config import from_dict, to_dict
+
+
+class Pretrained:
+    """A mixin for networks with a ``config`` dataclass; ``kind`` names them on disk."""
+
+    kind: ClassVar[str]
+    config_class: ClassVar[type]
+
+    def save_pretrained(
+        self, path: str | Path, *, tokenizer: Mapping[str, Any] | None = None, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """Write weights, configuration and the tokenizer's description (plain values) to a folder, atomically.
+
+        ``weights`` are written instead of the network's own, by the names of ``state_dict``: an EMA, for example.
+        """
+        state = self.state_dict() if weights is None else weights
+        meta = {"config": to_dict(self.config), "tokenizer": None if tokenizer is None else dict(tokenizer)}
+        checkpoint.save(path, kind=self.kind, meta=meta, tensors={"model": state})
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, device: torch.device | str = "cpu") -> Self:
+        """The network that ``save_pretrained`` wrote, in eval mode, on ``device``; ``.tokenizer_description`` is what was stored.
+
+        Raises:
+            FileNotFoundError, ValueError: as ``edlm.checkpoint.load``; a checkpoint of another kind of model; weights that do not fit.
+        """
+        stored = checkpoint.load(path, kind=cls.kind)
+        model = cls(from_dict(stored.meta["config"], cls.config_class, source=str(path)))
+        try:
+            model.load_state_dict(stored.tensors["model"])
+        except RuntimeError as error:
+            raise ValueError(f"{path}: expected the weights of its own configuration, got others: {error}") from None
+        model.tokenizer_description = stored.meta["tokenizer"]
+        return model.to(device).eval()

@@ -1,0 +1,73 @@
+"""One stack of transformer blocks: bidirectional with adaLN, or causal without conditioning."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .layers import LayerNorm, Modulation, Rotary, modulate
+
+
+class Block(nn.Module):
+    """Attention and MLP, pre-norm. Names and shapes follow MDLM's blocks, so that its weights can be mapped one to one."""
+
+    def __init__(self, dim: int, num_heads: int, dropout: float, *, causal: bool, cond_dim: int | None) -> None:
+        super().__init__()
+        if dim % num_heads or (dim // num_heads) % 2:
+            raise ValueError(f"num_heads: expected a divisor of dim {dim} that leaves an even head size, got {num_heads}")
+        self.num_heads, self.dropout, self.causal = num_heads, dropout, causal
+        self.norm1 = LayerNorm(dim)
+        self.attn_qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.attn_out = nn.Linear(dim, dim, bias=False)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
+        self.adaLN_modulation = Modulation(cond_dim, dim, 6) if cond_dim else None
+
+    def _attend(self, x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+        batch, length, dim = x.shape
+        qkv = self.attn_qkv(x).view(batch, length, 3, self.num_heads, dim // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q, k = rotary(q, k)
+        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.attn_out(out.transpose(1, 2).reshape(batch, length, dim))
+
+    def _residual(self, x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+        if gate is not None:
+            branch = gate * branch
+        return x + nn.functional.dropout(branch, self.dropout, self.training)
+
+    def forward(self, x: torch.Tensor, rotary: Rotary, condition: torch.Tensor | None) -> torch.Tensor:
+        if self.adaLN_modulation is None:
+            x = self._residual(x, self._attend(self.norm1(x), rotary), None)
+            return self._residual(x, self.mlp(self.norm2(x)), None)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition)
+        x = self._residual(x, self._attend(modulate(self.norm1(x), shift1, scale1), rotary), gate1)
+        return self._residual(x, self.mlp(modulate(self.norm2(x), shift2, scale2)), gate2)
+
+
+class Transformer(nn.Module):
+    """``num_layers`` blocks over [B, L, dim]; ``condition`` [B, cond_dim] where the blocks are conditioned."""
+
+    def __init__(
+        self, dim: int, num_layers: int, num_heads: int, dropout: float, *, causal: bool, cond_dim: int | None = None
+    ) -> None:
+        super().__init__()
+        self.rotary = Rotary(dim // num_heads)
+        self.blocks = nn.ModuleList(
+            Block(dim, num_heads, dropout, causal=causal, cond_dim=cond_dim) for _ in range(num_layers)
+        )
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x, self.rotary, condition)
+        return x
+
+
+def check_ids(name: str, tokens: torch.Tensor, count: int) -> None:
+    """int64 ids in 0 .. count - 1, or a ValueError. On CUDA, where looking would wait for the device, the embedding's own check serves."""
+    if tokens.dtype != torch.int64 or tokens.dim() != 2:
+        raise ValueError(f"{name}: expected int64 tokens [B, L], got {tokens.dtype} {list(tokens.shape)}")
+    if tokens.device.type == "cpu" and tokens.numel():
+        low, high = (int(x) for x in tokens.aminmax())
+        if low < 0 or high >= count:
+            raise ValueError(f"{name}: expected ids in 0 .. {count - 1}, got {low if low < 0 else high}")
