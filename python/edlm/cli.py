@@ -1,0 +1,319 @@
+"""The command line: ``edlm demo | train | sample | eval | info``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+    from .models import CausalLM, DiT
+    from .samplers import SampleOutput
+
+EXAMPLES = {
+    "demo": "edlm demo                 # trains two tiny models in a few minutes, then decodes with both",
+    "train": """edlm train examples/configs/tiny_dit.toml --out runs/denoiser
+edlm train examples/configs/tiny_causal.toml --out runs/ar --set steps=2000 --set optim.lr=1e-3
+The same command resumes a run that was stopped, wherever that was. Keys are those of the TOML file.""",
+    "sample": """edlm sample runs/denoiser/model --num 2 --length 128 --steps 32
+edlm sample runs/denoiser/model --energy runs/ar/model --window 0 1 --num-candidates 16
+edlm sample runs/denoiser/model --prompt "it is a truth ____________ acknowledged"
+In a prompt _ is a character to be filled in. Low energy is good; ESS says how many of the K candidates count.""",
+    "eval": """edlm eval runs/denoiser/model           # NELBO: an upper bound of the negative log-likelihood
+edlm eval runs/ar/model                 # exact negative log-likelihood
+edlm eval runs/denoiser/model --text book.txt --json""",
+    "info": "edlm info                 # versions, and what is compiled for which device and instruction set",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="edlm",
+        description="Energy-based diffusion language models: train, sample and evaluate, on compiled kernels.",
+        epilog="edlm COMMAND --help has examples. Start with: edlm demo",
+    )
+    parser.add_argument("--version", action="version", version=f"edlm {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog="examples:\n  " + EXAMPLES[name].replace("\n", "\n  "),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    demo = add("demo", "train two tiny models on real text, decode MDLM and EDLM side by side, and let a judge compare them")
+    demo.add_argument("--out", default="runs/demo", help="folder of the models (default: %(default)s); finished ones are used again")
+    demo.add_argument("--denoiser-steps", type=int, default=800, help="training steps of the denoiser (default: %(default)s)")
+    demo.add_argument("--ar-steps", type=int, default=500, help="training steps of the autoregressive model (default: %(default)s)")
+    demo.add_argument("--num", type=int, default=64, help="texts to decode each way (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="of the decoding (default: %(default)s)")
+
+    train = add("train", "train a denoiser or an autoregressive model from a TOML file")
+    train.add_argument("config", help="TOML file; examples/configs has some to start from")
+    train.add_argument("--out", required=True, help="folder of the run; a run that is there is resumed")
+    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override one key: a.b=c")
+    train.add_argument("--device", help="cpu, cuda, cuda:1 (default: CUDA where there is one)")
+    train.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    sample = add("sample", "decode text from a trained denoiser, with or without an energy")
+    sample.add_argument("model", help="folder of a trained denoiser")
+    sample.add_argument("--energy", metavar="MODEL", help="folder of a trained autoregressive model: its residual energy is used")
+    sample.add_argument("--carry-over", action="store_true", help="score masked positions alone (EDLM-coAR)")
+    sample.add_argument("--prompt", help="text with _ where characters are wanted; otherwise all is generated")
+    sample.add_argument("--num", type=int, default=4, help="how many texts (default: %(default)s)")
+    sample.add_argument("--length", type=int, default=128, help="tokens of each, without a prompt (default: %(default)s)")
+    sample.add_argument("--sampler", choices=("ancestral", "first_hitting"), default="ancestral", help="(default: %(default)s)")
+    sample.add_argument("--steps", type=int, help="ancestral steps (default: 32)")
+    sample.add_argument("--num-candidates", type=int, help="K (default: 8 with an energy)")
+    sample.add_argument("--window", type=float, nargs=2, metavar=("LO", "HI"), default=(0.8, 1.0), help="energy iff LO < t <= HI")
+    sample.add_argument("--energy-temperature", type=float, default=1.0, help="0 picks the lowest energy (default: %(default)s)")
+    sample.add_argument("--temperature", type=float, default=1.0, help="of the proposal; 0 is greedy (default: %(default)s)")
+    sample.add_argument("--top-k", type=int, help="keep the k most probable tokens")
+    sample.add_argument("--top-p", type=float, help="keep the most probable tokens up to this mass")
+    sample.add_argument("--min-p", type=float, help="keep tokens at least this likely, relative to the likeliest")
+    sample.add_argument("--seed", type=int, default=0, help="text n uses seed + n (default: %(default)s)")
+    sample.add_argument("--device", help="cpu, cuda, cuda:1 (default: CUDA where there is one)")
+    sample.add_argument("--json", action="store_true", help="print texts, tokens and all diagnostics as JSON")
+
+    evaluate = add("eval", "the likelihood of text under a trained model, in nats, bits per character and perplexity")
+    evaluate.add_argument("model", help="folder of a trained model")
+    evaluate.add_argument("--text", default="bundled", help='a file, or "bundled" (the default: its test split)')
+    evaluate.add_argument("--length", type=int, default=128, help="tokens of a window (default: %(default)s)")
+    evaluate.add_argument("--windows", type=int, default=512, help="at most so many, spread over the text (default: %(default)s)")
+    evaluate.add_argument("--steps", type=int, help="T-step NELBO instead of the continuous one (denoisers)")
+    evaluate.add_argument("--seed", type=int, default=0, help="of the Monte Carlo (default: %(default)s)")
+    evaluate.add_argument("--device", help="cpu, cuda, cuda:1 (default: CUDA where there is one)")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+
+    info = add("info", "versions, what is compiled for which device and instruction set, and the flags of the build")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code. A user's mistake is one line on stderr and code 2, never a traceback."""
+    options = build_parser().parse_args(arguments)
+    command = {"demo": _demo, "train": _train, "sample": _sample, "eval": _eval, "info": _info}[options.command]
+    try:
+        return command(options)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"edlm: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _interruptible(call: Any) -> int:
+    from .train import Interrupted
+
+    try:
+        call()
+    except Interrupted as stop:
+        print(f"edlm: {stop}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from .demo import demo
+
+    return _interruptible(
+        lambda: demo(
+            options.out,
+            denoiser_steps=options.denoiser_steps,
+            ar_steps=options.ar_steps,
+            num_samples=options.num,
+            seed=options.seed,
+        )
+    )
+
+
+def _train(options: argparse.Namespace) -> int:
+    from .config import load
+    from .train import TrainConfig, train
+
+    config = load(options.config, TrainConfig, options.overrides)
+
+    def run() -> None:
+        print(f"trained: {train(config, options.out, device=options.device, progress=not options.quiet)}")
+
+    return _interruptible(run)
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    try:
+        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r} ({error})") from None
+
+
+def _sample(options: argparse.Namespace) -> int:
+    import torch
+
+    from .data import tokenizer_from
+    from .models import ARResidualEnergy, CausalLM, DiT
+    from .samplers import generate
+
+    device = _device(options.device)
+    denoiser = DiT.from_pretrained(options.model, device=device)
+    tokenizer = tokenizer_from(denoiser.tokenizer_description)
+    energy = None
+    if options.energy:
+        causal = CausalLM.from_pretrained(options.energy, device=device)
+        if causal.vocab_size > denoiser.vocab_size - 1 or causal.tokenizer_description != denoiser.tokenizer_description:
+            raise ValueError(
+                f"--energy: expected a model with the denoiser's tokenizer {denoiser.tokenizer_description}, got "
+                f"{causal.tokenizer_description}; the two must read the same ids"
+            )
+        energy = ARResidualEnergy(causal, options.carry_over, mask_token_id=denoiser.mask_token_id)
+    if options.num < 1:
+        raise ValueError(f"--num: expected a number >= 1, got {options.num}")
+    if options.prompt is None:
+        shape: dict[str, Any] = {"batch_size": options.num, "length": options.length}
+    else:
+        ids = torch.from_numpy(tokenizer.encode_prompt(options.prompt).astype("int64"))
+        shape = {"prompt": ids.repeat(options.num, 1)}
+    steps = options.steps if options.steps is not None or options.sampler != "ancestral" else 32
+    sample = generate(
+        denoiser,
+        **shape,
+        steps=steps,
+        energy=energy,
+        num_candidates=options.num_candidates,
+        window=tuple(options.window),
+        energy_temperature=options.energy_temperature,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        sampler=options.sampler,
+        seed=options.seed,
+        device=device,
+        progress=not options.json and sys.stderr.isatty(),
+    )
+    texts = [tokenizer.decode(row) for row in sample.tokens.tolist()]
+    if options.json:
+        print(json.dumps(_plain(sample, texts)))
+        return 0
+    for text in texts:
+        print(text)
+    used = sample.ess[~sample.ess.isnan()]
+    ess = f", ESS {float(used.mean()):.2f} on average" if used.numel() else ""
+    seconds = ", ".join(f"{name} {value:.2f} s" for name, value in sample.stage_seconds.items() if value > 0)
+    print(f"# {sample.nfe} denoiser calls, {sample.energy_nfe} energy calls{ess}; {seconds}", file=sys.stderr)
+    return 0
+
+
+def _plain(sample: SampleOutput, texts: list[str]) -> dict[str, Any]:
+    """Everything as JSON values; NaN, where a sequence had no part in a step, becomes null."""
+
+    def table(values: torch.Tensor) -> list[list[float | None]]:
+        return [[None if math.isnan(x) else x for x in row] for row in values.tolist()]
+
+    return {
+        "texts": texts,
+        "tokens": sample.tokens.tolist(),
+        "nfe": sample.nfe,
+        "energy_nfe": sample.energy_nfe,
+        "step_times": table(sample.step_times),
+        "ess": table(sample.ess),
+        "log_Z": table(sample.log_Z),
+        "stage_seconds": sample.stage_seconds,
+    }
+
+
+def _load_any(path: str, device: torch.device) -> DiT | CausalLM:
+    from . import checkpoint
+    from .models import CausalLM, DiT
+
+    kinds = {"dit": DiT, "causal_lm": CausalLM}
+    kind = checkpoint.kind_of(path)
+    if kind not in kinds:
+        raise ValueError(f"{path}: expected a model ({', '.join(kinds)}), got a checkpoint of kind {kind!r}; name its run's model folder")
+    return kinds[kind].from_pretrained(path, device=device)
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from .data import read_text, split, tokenizer_from, windows
+    from .data.text import BUNDLED
+    from .eval import ar_nll, nelbo, unigram_entropy
+
+    device = _device(options.device)
+    model = _load_any(options.model, device)
+    text = read_text(options.text)
+    tokens = tokenizer_from(model.tokenizer_description).encode(split(text).test if options.text == BUNDLED else text)
+    if options.length < 1 or options.windows < 1:
+        raise ValueError(f"--length, --windows: expected numbers >= 1, got {options.length}, {options.windows}")
+    x0 = windows(tokens, options.length, options.windows).to(device)
+    if model.kind == "dit":
+        name = "NELBO (upper bound)" if options.steps is None else f"NELBO of {options.steps} steps (upper bound)"
+        nats = nelbo(model, x0, steps=options.steps, seed=options.seed)
+    elif options.steps is not None:
+        raise ValueError(f"--steps: only a denoiser has a T-step bound, got a {model.kind}")
+    else:
+        name, nats = "AR NLL (exact)", ar_nll(model, x0)
+    estimates = {name: nats, "bits per character": nats.bits_per_character(), "perplexity": nats.perplexity()}
+    estimates["unigram entropy of the text"] = unigram_entropy(x0)
+    if options.json:
+        plain = {key: {"mean": e.mean, "stderr": e.stderr, "unit": e.unit, "sequences": e.count} for key, e in estimates.items()}
+        print(json.dumps(plain))
+        return 0
+    print(f"{len(x0)} windows of {options.length} tokens; +- is one standard error over windows")
+    for key, estimate in estimates.items():
+        print(f"{key:32}{estimate}")
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    import torch
+
+    from . import ops
+    from .ops._library import LOADED
+
+    try:
+        from . import _build
+
+        build = _build.info()
+    except ImportError:
+        build = None
+    facts = {
+        "edlm": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch cuda": torch.version.cuda or "none",
+        "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "package": str(resources.files("edlm")),
+        "libraries": {device: str(Path(path)) for device, path in LOADED.items()},
+        "build": build,
+        "ops": ops.backends(),
+    }
+    if options.json:
+        print(json.dumps(facts, indent=1))
+        return 0
+    for key in ("edlm", "python", "torch", "torch cuda", "platform", "package"):
+        print(f"{key:12}{facts[key]}")
+    for device, path in facts["libraries"].items():
+        print(f"{'library':12}{device}: {path}")
+    if build is None:
+        print(f"{'build':12}nothing is compiled: the pure-torch references run. Install with a C++20 compiler at hand: pip install .")
+    else:
+        for key, value in build.items():
+            print(f"{key.replace('_', ' '):18}{', '.join(value) if isinstance(value, list) else value}")
+    print("ops" + "".join(f"\n  {op:28}cpu: {kinds['cpu']:12}cuda: {kinds['cuda']}" for op, kinds in facts["ops"].items()))
+    return 0
