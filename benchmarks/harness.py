@@ -11,9 +11,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
 import edlm
+import torch
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,18 @@ def interleave(variants: dict[str, Callable[[int], object]], repetitions: int, b
 
 def machine() -> dict[str, object]:
     """What a reader needs to place the numbers: processor, threads, versions."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
-        platform.processor(),
-    ) if Path("/proc/cpuinfo").exists() else platform.processor()
+    cpu = (
+        next(
+            (
+                line.split(":")[1].strip()
+                for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            platform.processor(),
+        )
+        if Path("/proc/cpuinfo").exists()
+        else platform.processor()
+    )
     from edlm import _build
 
     return {

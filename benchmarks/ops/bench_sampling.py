@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from harness import as_dicts, interleave, machine, require_compiled, write_json  # noqa: E402
-
-from edlm.ops import sample_candidates  # noqa: E402
+from edlm.ops import sample_candidates
+from harness import as_dicts, interleave, machine, require_compiled, write_json
 
 
 def eager(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,10 +6,9 @@ import math
 
 import pytest
 import torch
-from exact import Universe, g_test, pick_law, residual_energy
-
 from edlm.ops import resample, reverse_step, select_candidate
 from edlm.ops.importance import SCHEMES
+from exact import Universe, g_test, pick_law, residual_energy
 
 ENERGY = torch.tensor([[0.3, -1.2, 2.0, 0.0], [5.0, 5.5, 4.0, 9.0], [-40.0, 0.0, 40.0, 1.0]])
 
@@ -62,7 +61,9 @@ def test_temperature_limits(device):
     assert torch.equal(greedy.index.cpu(), ENERGY.argmin(1)) and (greedy.ess == 1).all() and greedy.log_Z.isnan().all()
     tie = select_candidate(torch.tensor([[1.0, 0.0, 0.0]], device=device), temperature=0, seed=0)
     assert tie.index.item() == 1
-    flat = select_candidate(torch.tensor([[1.0, 2.0, math.inf, 3.0]], device=device).repeat(30_000, 1), temperature=math.inf, seed=0)
+    flat = select_candidate(
+        torch.tensor([[1.0, 2.0, math.inf, 3.0]], device=device).repeat(30_000, 1), temperature=math.inf, seed=0
+    )
     counts = torch.bincount(flat.index.cpu(), minlength=4).double()
     assert g_test(counts, torch.tensor([1, 1, 0, 1]) / 3) > 1e-6  # an impossible candidate stays impossible
 
@@ -193,7 +194,11 @@ def test_reverse_step(device):
 
 
 def test_reverse_step_bad_input():
-    xt, x0, index = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 4, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    xt, x0, index = (
+        torch.zeros(2, 3, dtype=torch.int64),
+        torch.zeros(2, 4, 3, dtype=torch.int64),
+        torch.zeros(2, dtype=torch.int64),
+    )
     open_time = torch.zeros(2, 3, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"x0: expected a torch.int64 tensor of shape \[2, 4, 3\], got torch.int64 \[3, 4, 3\]"):
         reverse_step(xt, torch.zeros(3, 4, 3, dtype=torch.int64), index, open_time, 0.5)

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-
 from edlm.ops import gather_log_probs, linear_log_probs, log_probs
 
 
@@ -128,7 +127,10 @@ BAD_GATHER = [
     ({"tokens": torch.tensor([0, 5])}, r"tokens: expected ids in 0 .. 4, got \[5\] in row 1"),
     ({"tokens": torch.tensor([-1, 0])}, r"tokens: expected ids in 0 .. 4, got \[-1\] in row 0"),
     ({"tokens": IDS.int()}, r"tokens: expected a torch.int64 tensor of shape \[2\], got torch.int32"),
-    ({"tokens": torch.zeros(3, dtype=torch.int64)}, r"tokens: expected a torch.int64 tensor of shape \[2\], got torch.int64 \[3\]"),
+    (
+        {"tokens": torch.zeros(3, dtype=torch.int64)},
+        r"tokens: expected a torch.int64 tensor of shape \[2\], got torch.int64 \[3\]",
+    ),
     ({"tokens": [0, 0]}, r"tokens: expected an int64 tensor, got list"),
     ({"logits": LOGITS.double()}, r"logits: expected a float32, bfloat16 or float16 tensor \[..., V\], got torch.float64"),
     ({"temperature": 0.0}, r"temperature: expected a positive, finite number, got 0.0"),

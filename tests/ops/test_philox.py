@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from exact import g_test
-
 from edlm.ops._philox import Purpose, expand_offset, expand_seed, philox4x32, philox_uniform
+from exact import g_test
 
 # kat_vectors of the Random123 distribution, "philox4x32 10": counter, key, result.
 KNOWN = [

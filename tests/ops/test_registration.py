@@ -9,7 +9,6 @@ import sys
 
 import pytest
 import torch
-
 from edlm import ops
 
 N0 = torch.empty(0, dtype=torch.int64)
@@ -42,7 +41,10 @@ def samples():
         "linear_log_probs_backward": [
             (torch.randn(6), hidden.detach(), weight.detach(), TOKENS[:, 0].contiguous(), lse, None, N0)
         ],
-        "select_candidate": [(torch.randn(3, 4), 1.0, None, SEEDS, ZERO), (torch.randn(3, 4), 0.5, torch.randn(3, 4), SEEDS, SEEDS)],
+        "select_candidate": [
+            (torch.randn(3, 4), 1.0, None, SEEDS, ZERO),
+            (torch.randn(3, 4), 0.5, torch.randn(3, 4), SEEDS, SEEDS),
+        ],
         "resample": [(torch.randn(3, 4), scheme, SEEDS, ZERO) for scheme in range(4)],
         "reverse_step": [(XT, XT[:, None].repeat(1, 2, 1), ZERO.expand(3).clone(), torch.rand(3, 4), torch.rand(3))],
     }

@@ -12,11 +12,10 @@ import sys
 
 import pytest
 import torch
-from exact import g_test
-
 from edlm.ops import sample_candidates, sample_categorical
 from edlm.ops._philox import expand_seed
 from edlm.ops.sampling import _sample_candidates_reference, _sample_categorical_reference
+from exact import g_test
 
 NO_IDS = torch.empty(0, dtype=torch.int64)
 EDGES = [1, 2, 27, 63, 64, 65, 511, 512, 513, 1025, 50257, 151643]
@@ -25,7 +24,13 @@ EDGES = [1, 2, 27, 63, 64, 65, 511, 512, 513, 1025, 50257, 151643]
 def reference(logits, num_samples, *, temperature=1.0, forbidden=NO_IDS, seed=0, position=0, offset=0):
     n = logits.shape[0]
     return _sample_categorical_reference(
-        logits.cpu(), num_samples, torch.full((n,), position), temperature, forbidden, expand_seed(seed, n), torch.tensor([offset])
+        logits.cpu(),
+        num_samples,
+        torch.full((n,), position),
+        temperature,
+        forbidden,
+        expand_seed(seed, n),
+        torch.tensor([offset]),
     )
 
 
@@ -146,7 +151,9 @@ def test_law_in_bins_of_probability(vocab_size, dtype, device):
 
 def test_columns_within_a_tile(device):
     """Which column of a tile, a block or a vector lane makes no difference: 1100 equal columns, a count each."""
-    counts = torch.bincount(sample_categorical(torch.zeros(1, 1100, device=device), 500_000, seed=2).tokens[0].cpu(), minlength=1100)
+    counts = torch.bincount(
+        sample_categorical(torch.zeros(1, 1100, device=device), 500_000, seed=2).tokens[0].cpu(), minlength=1100
+    )
     assert g_test(counts.double(), torch.full((1100,), 1 / 1100)) > 1e-6
 
 
@@ -203,7 +210,10 @@ def test_temperature_law(device):
     assert g_test(torch.bincount(draws.tokens[0].cpu(), minlength=4).double(), law) > 1e-6
     torch.testing.assert_close(draws.log_probs.cpu(), law.log()[draws.tokens.cpu()].float(), atol=1e-6, rtol=0)
     torch.testing.assert_close(
-        draws.model_log_probs.cpu(), torch.log_softmax(logits.double().cpu(), -1)[0][draws.tokens.cpu()].float(), atol=1e-6, rtol=0
+        draws.model_log_probs.cpu(),
+        torch.log_softmax(logits.double().cpu(), -1)[0][draws.tokens.cpu()].float(),
+        atol=1e-6,
+        rtol=0,
     )
 
 
@@ -266,7 +276,9 @@ def test_filters_on_candidates_leave_other_rows_alone(device):
     active = torch.tensor([[True, True, False, True], [True, True, True, False]], device=device)
     got = sample_candidates(logits, xt, 8, 3, active=active, top_k=2, temperature=0.9, seed=0)
     untouched = (xt != 8) | ~active
-    assert torch.equal(got.tokens.masked_select(untouched[:, None]), xt[:, None].expand(2, 3, 4).masked_select(untouched[:, None]))
+    assert torch.equal(
+        got.tokens.masked_select(untouched[:, None]), xt[:, None].expand(2, 3, 4).masked_select(untouched[:, None])
+    )
     for log_probs in (got.log_probs, got.model_log_probs):
         assert (log_probs.masked_select(untouched[:, None]) == 0).all()
         assert (log_probs.masked_select(~untouched[:, None]) < 0).all()
@@ -407,9 +419,13 @@ def test_extreme_temperatures(device):
 def test_empty(device):
     got = sample_categorical(torch.empty(0, 5, device=device), 3, seed=0)
     assert got.tokens.shape == (0, 3)
-    got = sample_candidates(torch.empty(0, 4, 5, device=device), torch.empty(0, 4, dtype=torch.int64, device=device), 4, 2, seed=0)
+    got = sample_candidates(
+        torch.empty(0, 4, 5, device=device), torch.empty(0, 4, dtype=torch.int64, device=device), 4, 2, seed=0
+    )
     assert got.tokens.shape == (0, 2, 4)
-    got = sample_candidates(torch.empty(2, 0, 5, device=device), torch.empty(2, 0, dtype=torch.int64, device=device), 4, 2, seed=0)
+    got = sample_candidates(
+        torch.empty(2, 0, 5, device=device), torch.empty(2, 0, dtype=torch.int64, device=device), 4, 2, seed=0
+    )
     assert got.tokens.shape == (2, 2, 0)
 
 
@@ -471,7 +487,7 @@ def test_bad_forbidden():
 def test_the_op_itself_checks_its_callers():
     """Who calls torch.ops.edlm.* directly gets an error too, never a wild read."""
     zeros = torch.zeros(1, dtype=torch.int64)
-    if "compiled" != __import__("edlm").ops.backends()["sample_categorical"]["cpu"]:
+    if __import__("edlm").ops.backends()["sample_categorical"]["cpu"] != "compiled":
         pytest.skip("nothing is compiled")
     with pytest.raises(RuntimeError, match=r"position: expected a contiguous tensor .* shape \[4\]"):
         torch.ops.edlm.sample_categorical(torch.zeros(4, 5), 1, zeros, 1.0, NO_IDS, torch.arange(4), zeros)

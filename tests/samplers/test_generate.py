@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from edlm.samplers import generate
 from exact import (
     TabularCausalLM,
     TabularDenoiser,
@@ -20,8 +21,6 @@ from exact import (
     residual_energy,
     total_variation,
 )
-
-from edlm.samplers import generate
 
 N = 40_000
 
@@ -69,9 +68,7 @@ def test_law_with_an_energy(universe, denoiser, energy, steps, k, window):
         return pick_law(mu, residual_energy(universe)(xt), k) if window[0] < t <= window[1] else mu
 
     law = generate_law(universe, completion, grid(steps))
-    out = generate(
-        denoiser, batch_size=N, length=3, steps=steps, seed=2, energy=energy, num_candidates=k, window=window
-    )
+    out = generate(denoiser, batch_size=N, length=3, steps=steps, seed=2, energy=energy, num_candidates=k, window=window)
     assert g_test(counts(universe, out.tokens), law) > 1e-6
     # The test has teeth: the laws of K = 1 and of the reversed sign are rejected.
     plain = generate_law(universe, lambda xt, t: universe.product(xt), grid(steps))
@@ -203,9 +200,7 @@ def test_filtered_proposal_targets_its_support(universe, denoiser, energy):
     keep = torch.zeros(3, 3, dtype=torch.bool).scatter_(1, universe.marginals(state).topk(2, dim=1).indices, True)
     support = keep[torch.arange(3), universe.sequences].all(1)
     target = universe.q * support / (universe.q * support).sum()
-    out = generate(
-        denoiser, batch_size=N, length=3, steps=1, seed=8, energy=energy, num_candidates=256, window=(0, 1), top_k=2
-    )
+    out = generate(denoiser, batch_size=N, length=3, steps=1, seed=8, energy=energy, num_candidates=256, window=(0, 1), top_k=2)
     seen = counts(universe, out.tokens)
     assert seen[~support].sum() == 0
     assert total_variation(seen / N, target) < 0.02

@@ -135,7 +135,9 @@ def select_candidate(
     if log_correction is not None:
         check_tensor(name, "log_correction", log_correction, log_correction.dtype, tuple(energy.shape), energy.device)
     if not temperature >= 0:
-        raise ValueError(f"{name}: temperature: expected a number >= 0 (0 picks the lowest energy, inf ignores it), got {temperature}")
+        raise ValueError(
+            f"{name}: temperature: expected a number >= 0 (0 picks the lowest energy, inf ignores it), got {temperature}"
+        )
     batch = energy.shape[0]
     seeds, offsets = expand_seed(seed, batch, energy.device), expand_offset(name, offset, batch, energy.device)
     *result, invalid = _select(energy, float(temperature), log_correction, seeds, offsets)
@@ -216,7 +218,9 @@ def resample(
     seeds, offsets = expand_seed(seed, batch, log_weights.device), expand_offset(name, offset, batch, log_weights.device)
     ancestors, invalid = _resample(log_weights, SCHEMES.index(scheme), seeds, offsets)
     check_invalid(
-        name, invalid, lambda row: f"log_weights: expected finite numbers or -inf, one of them finite, got {log_weights[row].tolist()}"
+        name,
+        invalid,
+        lambda row: f"log_weights: expected finite numbers or -inf, one of them finite, got {log_weights[row].tolist()}",
     )
     return ancestors
 
@@ -277,7 +281,5 @@ def reverse_step(
     else:
         s = torch.full((batch,), float(s), dtype=open_time.dtype, device=xt.device)
     xs, invalid = _reverse(xt, x0, index, open_time, s)
-    check_invalid(
-        name, invalid, lambda row: f"index: expected indices in 0 .. {k - 1}, got {int(index[row])} in sequence {row}"
-    )
+    check_invalid(name, invalid, lambda row: f"index: expected indices in 0 .. {k - 1}, got {int(index[row])} in sequence {row}")
     return xs

@@ -203,7 +203,9 @@ def _check_denoiser(denoiser: Denoiser) -> tuple[int, int]:
         if isinstance(value, bool) or not isinstance(value, int):
             raise ValueError(f"denoiser: expected an int attribute {name} (edlm.protocols.Denoiser), got {value!r}")
     if not 0 <= denoiser.mask_token_id < denoiser.vocab_size:
-        raise ValueError(f"denoiser: mask_token_id: expected an id in 0 .. {denoiser.vocab_size - 1}, got {denoiser.mask_token_id}")
+        raise ValueError(
+            f"denoiser: mask_token_id: expected an id in 0 .. {denoiser.vocab_size - 1}, got {denoiser.mask_token_id}"
+        )
     return denoiser.mask_token_id, denoiser.vocab_size
 
 
@@ -216,9 +218,7 @@ def _device(denoiser: Denoiser, prompt: torch.Tensor | None, device: torch.devic
     return parameter.device if parameter is not None else torch.device("cpu")
 
 
-def _start(
-    prompt: torch.Tensor | None, batch_size: int | None, length: int | None, mask: int, vocab_size: int
-) -> torch.Tensor:
+def _start(prompt: torch.Tensor | None, batch_size: int | None, length: int | None, mask: int, vocab_size: int) -> torch.Tensor:
     if prompt is None:
         for name, value in (("batch_size", batch_size), ("length", length)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -252,12 +252,16 @@ def _check_decoding(
     if sampler == "ancestral" and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise ValueError(f"steps: expected an int >= 1 for the ancestral sampler, got {steps!r}")
     if sampler == "first_hitting" and steps is not None:
-        raise ValueError(f"steps: the first-hitting sampler opens one position at a time and has no grid: expected None, got {steps!r}")
+        raise ValueError(
+            f"steps: the first-hitting sampler opens one position at a time and has no grid: expected None, got {steps!r}"
+        )
     count = num_candidates if num_candidates is not None else 1 if energy is None else 8
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"num_candidates: expected an int >= 1, got {num_candidates!r}")
     if energy is None and count > 1:
-        raise ValueError(f"num_candidates: {count} candidates need an energy to choose by, got energy=None; pass one, or leave both out")
+        raise ValueError(
+            f"num_candidates: {count} candidates need an energy to choose by, got energy=None; pass one, or leave both out"
+        )
     try:
         low, high = window
     except (TypeError, ValueError):
