@@ -1,6 +1,6 @@
 """sample_candidates against a read-only pass and against eager torch: python benchmarks/ops/bench_sampling.py [--json FILE]
 
-Rows of logits stand for the masked rows of a decode step. `amax` reads every logit once: nothing that needs them all can be faster.
+Rows of logits stand for the masked rows of a decode step. `amax` reads every logit once: nothing that needs all can be faster.
 Eager is what is written by hand: log_softmax, multinomial with replacement, gather. Gumbel is what research code runs: K times a
 vocabulary of noise, in float32. Two inputs larger than the caches alternate, so that no variant finds its input there.
 """
@@ -8,6 +8,7 @@ vocabulary of noise, in float32. Two inputs larger than the caches alternate, so
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -59,12 +60,34 @@ def report(result: dict) -> None:
     print()
 
 
+def markdown(document: dict) -> str:
+    """The table for documents, from the JSON that a run wrote."""
+    lines = [
+        "| rows x V, dtype | amax, ms | K = 1 | K = 8 | K = 16 | eager, K = 8 | Gumbel, K = 8 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in document["results"]:
+        t = {x["name"]: x["median"] for x in result["timings"]}
+        ours = [f"{t[f'sample_candidates K={k}']:.1f}" for k in (1, 8, 16)]
+        k8 = t["sample_candidates K=8"]
+        others = [f"{t[n]:.0f} ({t[n] / k8:.0f}x)" if n in t else "-" for n in ("eager K=8", "gumbel K=8")]
+        lines.append(f"| {result['n']} x {result['v']}, {result['dtype']} | {t['amax']:.1f} | {' | '.join([*ours, *others])} |")
+    m = document["machine"]
+    return "\n".join(
+        [*lines, "", f"{m['cpu']}, {m['threads']} threads, {m['isa']}, torch {m['torch']}, medians of one interleaved run."]
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="also write the results, with machine and versions")
+    parser.add_argument("--markdown", metavar="FILE", help="print the table of such a file, and run nothing")
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs")
     arguments = parser.parse_args()
+    if arguments.markdown:
+        print(markdown(json.loads(Path(arguments.markdown).read_text())))
+        return
     require_compiled("sample_candidates")
     torch.manual_seed(0)
     print(", ".join(f"{key} {value}" for key, value in machine().items()))

@@ -9,7 +9,6 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,16 +55,22 @@ def build_parser() -> argparse.ArgumentParser:
         )
 
     demo = add("demo", "train two tiny models on real text, decode MDLM and EDLM side by side, and let a judge compare them")
-    demo.add_argument("--out", default="runs/demo", help="folder of the models (default: %(default)s); finished ones are used again")
+    demo.add_argument(
+        "--out", default="runs/demo", help="folder of the models (default: %(default)s); finished ones are used again"
+    )
     demo.add_argument("--denoiser-steps", type=int, default=800, help="training steps of the denoiser (default: %(default)s)")
-    demo.add_argument("--ar-steps", type=int, default=500, help="training steps of the autoregressive model (default: %(default)s)")
+    demo.add_argument(
+        "--ar-steps", type=int, default=500, help="training steps of the autoregressive model (default: %(default)s)"
+    )
     demo.add_argument("--num", type=int, default=64, help="texts to decode each way (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="of the decoding (default: %(default)s)")
 
     train = add("train", "train a denoiser or an autoregressive model from a TOML file")
     train.add_argument("config", help="TOML file; examples/configs has some to start from")
     train.add_argument("--out", required=True, help="folder of the run; a run that is there is resumed")
-    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override one key: a.b=c")
+    train.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override one key: a.b=c"
+    )
     train.add_argument("--device", help="cpu, cuda, cuda:1 (default: CUDA where there is one)")
     train.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -245,7 +250,9 @@ def _load_any(path: str, device: torch.device) -> DiT | CausalLM:
     kinds = {"dit": DiT, "causal_lm": CausalLM}
     kind = checkpoint.kind_of(path)
     if kind not in kinds:
-        raise ValueError(f"{path}: expected a model ({', '.join(kinds)}), got a checkpoint of kind {kind!r}; name its run's model folder")
+        raise ValueError(
+            f"{path}: expected a model ({', '.join(kinds)}), got a checkpoint of kind {kind!r}; name its run's model folder"
+        )
     return kinds[kind].from_pretrained(path, device=device)
 
 
@@ -298,7 +305,7 @@ def _info(options: argparse.Namespace) -> int:
         "torch": torch.__version__,
         "torch cuda": torch.version.cuda or "none",
         "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "package": str(resources.files("edlm")),
+        "package": list(sys.modules["edlm"].__path__),
         "libraries": {device: str(Path(path)) for device, path in LOADED.items()},
         "build": build,
         "ops": ops.backends(),
@@ -307,11 +314,13 @@ def _info(options: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=1))
         return 0
     for key in ("edlm", "python", "torch", "torch cuda", "platform", "package"):
-        print(f"{key:12}{facts[key]}")
+        print(f"{key:12}{', '.join(facts[key]) if isinstance(facts[key], list) else facts[key]}")
     for device, path in facts["libraries"].items():
         print(f"{'library':12}{device}: {path}")
     if build is None:
-        print(f"{'build':12}nothing is compiled: the pure-torch references run. Install with a C++20 compiler at hand: pip install .")
+        print(
+            f"{'build':12}nothing is compiled: the pure-torch references run. Install with a C++20 compiler at hand: pip install ."
+        )
     else:
         for key, value in build.items():
             print(f"{key.replace('_', ' '):18}{', '.join(value) if isinstance(value, list) else value}")

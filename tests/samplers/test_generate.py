@@ -325,6 +325,32 @@ def test_diagnostics(universe, denoiser, energy):
     assert all(seconds >= 0 for seconds in out.stage_seconds.values())
 
 
+def test_samples_may_be_trained_on(denoiser):
+    out = generate(denoiser, batch_size=2, length=3, steps=2)
+    table = torch.nn.Embedding(4, 2)
+    table(out.tokens).sum().backward()  # an inference tensor would be refused here
+    assert table.weight.grad is not None
+
+
+def test_candidates_never_meet_the_vocabulary():
+    """K = 32 candidates: no operator of a step allocates more than the denoiser's own B x L x V logits."""
+    batch, length, vocab_size, k = 2, 16, 4000, 32
+
+    class Flat:
+        mask_token_id, vocab_size = 3999, 4000
+
+        def __call__(self, xt, t):
+            return torch.zeros(*xt.shape, vocab_size)
+
+    def energy(x0, xt, t, log_p):
+        return torch.zeros(x0.shape[:2])
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        generate(Flat(), batch_size=batch, length=length, steps=2, energy=energy, num_candidates=k, window=(0, 1))
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert largest <= 4 * batch * length * vocab_size < 4 * k * length * vocab_size
+
+
 def test_log_z_is_unbiased_before_the_log(universe, denoiser):
     """mean exp(log_Z) is Z = 1 for the residual energy of q (five standard errors), and mean log_Z is below 0 (Jensen)."""
     energy = TabularEnergy(universe, residual_energy(universe))

@@ -1,7 +1,10 @@
 """A checkpoint is a folder: safetensors files and a manifest with their sizes and checksums. A leaf: it knows tensors, no networks.
 
-It is written under a temporary name beside its place, flushed to the disk, and renamed: whoever looks sees the old folder or the new
-one, whole. Reading verifies everything before a tensor is handed out. Nothing is ever unpickled.
+It is written under a temporary name beside its place, flushed to the disk, and renamed: whoever loads gets the old one or the new
+one, whole, also while a writer is at work and after a kill at any moment. Reading verifies everything before a tensor is handed out,
+and changes nothing on the disk. Nothing is ever unpickled.
+
+``.NAME.XXXXXXXX.partial`` is being written or removed; ``.NAME.previous`` was NAME, and is whole: it is NAME where that is missing.
 """
 
 from __future__ import annotations
@@ -9,19 +12,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+T = TypeVar("T")
+
 FORMAT = 1
 _MANIFEST = "manifest.json"
+_PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
 
 
 @dataclass(frozen=True)
@@ -41,23 +48,32 @@ def save(path: str | Path, *, kind: str, meta: Mapping[str, Any], tensors: Mappi
         meta: plain JSON values. tensors: file stem -> name -> tensor; shared storage is written out.
 
     Raises:
-        ValueError: ``path`` is something else than a checkpoint folder: it is left alone. OSError: the disk's own.
+        ValueError: ``path`` is something else than a checkpoint folder, or holds more than one: it is left alone; ``meta`` is not
+        JSON; a stem is not a file's name. OSError: the disk's own. Whatever is raised, the checkpoint that was there still is.
     """
-    path = Path(path)
-    if path.exists() and not _is_ours(path):
-        raise ValueError(f"path: expected a new name or a checkpoint folder to replace, got {path}, which is neither; choose another")
+    path = Path(path).resolve()  # a link is written through, and "." has a name
+    _check_replaceable(path)
+    for stem in tensors:
+        if not stem or Path(stem).name != stem or stem.startswith("."):
+            raise ValueError(f"tensors: expected file stems, such as 'model', for keys, got {stem!r}")
+    try:
+        json.dumps(meta, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"meta: expected plain JSON values, nan and infinities excluded, got others: {error}") from None
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
+    temporary = _partial(path)
     temporary.mkdir()
     try:
         files = {}
         for stem, group in tensors.items():
             file = temporary / f"{stem}.safetensors"
-            save_file({name: t.detach().cpu().contiguous().clone() for name, t in group.items()}, file)
+            try:
+                save_file({name: t.detach().cpu().contiguous().clone() for name, t in group.items()}, file)
+            except SafetensorError as error:
+                raise OSError(f"{file}: {error}") from error
             files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
             _flush(file)
-        manifest = {"format": FORMAT, "kind": kind, "meta": meta, "files": files}
-        body = json.dumps(manifest, indent=1, allow_nan=False)
+        body = json.dumps({"format": FORMAT, "kind": kind, "meta": meta, "files": files}, indent=1, allow_nan=False)
         (temporary / _MANIFEST).write_text(json.dumps({"sha256": _digest(body), "manifest": body}), encoding="utf-8")
         _flush(temporary / _MANIFEST)
         _flush(temporary)
@@ -75,57 +91,123 @@ def load(path: str | Path, *, kind: str | None = None) -> Checkpoint:
         corrupt; the message says which file.
     """
     path = Path(path)
-    manifest = _manifest(path)
-    if kind is not None and manifest["kind"] != kind:
-        raise ValueError(f"{path}: expected a checkpoint of kind {kind!r}, got {manifest['kind']!r}")
-    tensors = {}
-    for name, expected in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise ValueError(f"{path}: corrupt checkpoint: {name} is missing")
-        if file.stat().st_size != expected["bytes"]:
-            raise ValueError(f"{path}: corrupt checkpoint: {name}: expected {expected['bytes']} bytes, got {file.stat().st_size}")
-        if _sha256(file) != expected["sha256"]:
-            raise ValueError(f"{path}: corrupt checkpoint: {name} does not match its checksum")
-        try:
-            tensors[file.stem] = load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: corrupt checkpoint: {name}: {error}") from None
-    return Checkpoint(manifest["kind"], manifest["meta"], tensors)
+
+    def read(folder: Path) -> Checkpoint:
+        manifest = _manifest(folder, path)
+        if kind is not None and manifest["kind"] != kind:
+            raise ValueError(f"{path}: expected a checkpoint of kind {kind!r}, got {manifest['kind']!r}")
+        tensors = {}
+        for name, expected in manifest["files"].items():
+            file = folder / name
+            if not file.is_file():
+                raise ValueError(f"{path}: corrupt checkpoint: {name} is missing")
+            if file.stat().st_size != expected["bytes"]:
+                raise ValueError(
+                    f"{path}: corrupt checkpoint: {name}: expected {expected['bytes']} bytes, got {file.stat().st_size}"
+                )
+            if _sha256(file) != expected["sha256"]:
+                raise ValueError(f"{path}: corrupt checkpoint: {name} does not match its checksum")
+            try:
+                tensors[file.stem] = load_file(file)
+            except SafetensorError as error:
+                raise ValueError(f"{path}: corrupt checkpoint: {name}: {error}") from None
+        return Checkpoint(manifest["kind"], manifest["meta"], tensors)
+
+    return _settled(path, read)
 
 
 def kind_of(path: str | Path) -> str:
     """The kind of the checkpoint at ``path``, from its manifest alone. Raises as ``load``."""
-    return _manifest(Path(path))["kind"]
+    path = Path(path)
+    return _settled(path, lambda folder: _manifest(folder, path)["kind"])
 
 
 def clean(folder: str | Path) -> None:
-    """Put things right after a kill in the middle of ``save``: restore a folder that was moved aside, remove partial ones."""
+    """Put things right after a kill in the middle of ``save``: restore a checkpoint that was moved aside, remove partial ones.
+
+    For the one process that writes here, while it is not writing. Only what ``save`` leaves is touched.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         return
     for aside in folder.glob(".*.previous"):
-        target = folder / aside.name.removeprefix(".").removesuffix(".previous")
-        if target.exists():
-            shutil.rmtree(aside)
-        else:
-            aside.rename(target)
+        if _is_checkpoint(aside):
+            target = folder / aside.name.removeprefix(".").removesuffix(".previous")
+            if target.exists():
+                _discard(aside, target)
+            else:
+                aside.rename(target)
     for partial in folder.glob(".*.partial"):
-        shutil.rmtree(partial, ignore_errors=True)
+        if _PARTIAL.fullmatch(partial.name) and _holds_nothing_else(partial):
+            shutil.rmtree(partial, ignore_errors=True)
 
 
-def _is_ours(path: Path) -> bool:
-    return path.is_dir() and ((path / _MANIFEST).is_file() or not any(path.iterdir()))
+def _aside(path: Path) -> Path:
+    return path.parent / f".{path.name}.previous"
 
 
-def _manifest(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        clean(path.parent)  # a kill between the two renames of a replacement leaves the old one aside
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    if not path.is_dir():
+def _partial(path: Path) -> Path:
+    return path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
+
+
+def _holds_nothing_else(path: Path) -> bool:
+    """A folder, no link, with nothing in it but a checkpoint's files: what may be removed without a loss."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    return all((p.name == _MANIFEST or p.suffix == ".safetensors") and p.is_file() for p in path.iterdir())
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """One of ours, intact or not: others have a manifest.json too, so a look at how it begins."""
+    if not _holds_nothing_else(path) or not (path / _MANIFEST).is_file():
+        return False
+    with (path / _MANIFEST).open("rb") as stream:
+        return stream.read(12) == b'{"sha256": "'
+
+
+def _check_replaceable(path: Path) -> None:
+    empty = path.is_dir() and not any(path.iterdir())
+    if path.exists() and not empty and not _is_checkpoint(path):
+        raise ValueError(
+            f"path: expected a new name or a checkpoint folder to replace, got {path}, which is neither or holds other files as well; "
+            "choose another"
+        )
+    if _aside(path).exists() and not _is_checkpoint(_aside(path)):
+        raise ValueError(f"path: {path} needs the name {_aside(path).name} beside it, which something else has; move that away")
+
+
+def _standing(path: Path) -> tuple[Path, tuple[int, ...]]:
+    """The folder that holds checkpoint ``path`` now, and what tells it from another of that name."""
+    real = path.resolve()
+    for folder in (real, _aside(real), real):  # between the last two looks, a writer may have finished
+        try:
+            status = folder.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        return folder, (status.st_dev, status.st_ino, status.st_mtime_ns)
+    raise FileNotFoundError(f"{path}: no such checkpoint")
+
+
+def _settled(path: Path, read: Callable[[Path], T]) -> T:
+    """``read`` the folder, once more where a writer replaced it meanwhile: an old manifest never meets new tensors."""
+    while True:
+        folder, before = _standing(path)
+        result, error = None, None
+        try:
+            result = read(folder)
+        except (OSError, ValueError) as caught:
+            error = caught
+        if _standing(path)[1] == before:
+            if error is not None:
+                raise error
+            return result
+
+
+def _manifest(folder: Path, path: Path) -> dict[str, Any]:
+    """The manifest in ``folder``; ``path`` is what the user calls it."""
+    if not folder.is_dir():
         raise ValueError(f"{path}: expected a checkpoint folder, got a file; pass the folder that save_pretrained wrote")
-    file = path / _MANIFEST
+    file = folder / _MANIFEST
     if not file.is_file():
         raise ValueError(f"{path}: expected a checkpoint folder, got one without {_MANIFEST}: half-written, or not of edlm")
     try:
@@ -133,8 +215,8 @@ def _manifest(path: Path) -> dict[str, Any]:
         body = outer["manifest"]
         intact = _digest(body) == outer["sha256"]
         manifest = json.loads(body)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path}: corrupt checkpoint: {_MANIFEST} cannot be read") from None
+    except (json.JSONDecodeError, UnicodeError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path}: corrupt checkpoint: {_MANIFEST} cannot be read, or another program wrote it") from None
     if not intact:
         raise ValueError(f"{path}: corrupt checkpoint: {_MANIFEST} does not match its checksum")
     if manifest["format"] != FORMAT:
@@ -143,14 +225,28 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 
 def _replace(temporary: Path, path: Path) -> None:
-    """A folder cannot replace another in one step, so the old one steps aside first; ``clean`` brings it back after a kill."""
-    aside = path.parent / f".{path.name}.previous"
-    if path.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-    temporary.rename(path)
+    """A folder cannot replace a full one in one step, so the old one steps aside first: there ``load`` finds it after a kill."""
+    aside = _aside(path)
+    _check_replaceable(path)  # again: writing took its time
+    try:
+        if _is_checkpoint(path):
+            _discard(aside, path)
+            path.rename(aside)
+        temporary.rename(path)
+    except BaseException:
+        if aside.exists() and not path.exists():
+            aside.rename(path)
+        raise
     _flush(path.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    _discard(aside, path)
+
+
+def _discard(aside: Path, path: Path) -> None:
+    """Remove what stepped aside. It loses its name first: ``.previous`` is whole or not there."""
+    if aside.exists():
+        partial = _partial(path)
+        aside.rename(partial)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _digest(text: str) -> str:

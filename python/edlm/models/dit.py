@@ -60,8 +60,12 @@ class DiT(Pretrained, nn.Module):
     def hidden(self, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """int64 [B, L], floating [B] in [0, 1] -> [B, L, dim], modulated and ready for the head."""
         check_ids("xt", xt, self.vocab_size)
+        if tuple(t.shape) != (xt.shape[0],) or not t.is_floating_point():
+            raise ValueError(f"t: expected a floating tensor [B] = [{xt.shape[0]}], got {t.dtype} {list(t.shape)}")
         # Conditioned on sigma = -log alpha of the log-linear schedule with eps = 1e-3, as the published networks are.
-        sigma = -torch.log1p(-(1 - 1e-3) * t.float()) if self.config.time_conditioning else torch.zeros_like(t, dtype=torch.float32)
+        sigma = (
+            -torch.log1p(-(1 - 1e-3) * t.float()) if self.config.time_conditioning else torch.zeros_like(t, dtype=torch.float32)
+        )
         condition = nn.functional.silu(self.sigma_map(sigma))
         x = self.transformer(self.vocab_embed(xt), condition)
         return modulate(self.norm_final(x), *self.adaLN_final(condition))

@@ -39,6 +39,8 @@ class ARResidualEnergy:
             raise ValueError(f"causal_lm: expected log_probs(x0 [N, L]) -> [N, L] (edlm.protocols.CausalLM), got {causal_lm!r}")
         if max_bytes < 1:
             raise ValueError(f"max_bytes: expected a number >= 1, got {max_bytes}")
+        if bytes_per_token is not None and bytes_per_token < 1:
+            raise ValueError(f"bytes_per_token: expected a number >= 1, or None for an estimate, got {bytes_per_token}")
         if isinstance(causal_lm, torch.nn.Module):
             causal_lm.eval()
         self.causal_lm, self.carry_over, self.mask_token_id, self.max_bytes = causal_lm, carry_over, mask_token_id, max_bytes
@@ -57,19 +59,30 @@ class ARResidualEnergy:
             float32 [B, K]; sums over positions are float64.
 
         Raises:
-            ValueError: shapes that do not fit; a module in train mode (dropout would be part of the energy).
+            ValueError: shapes that do not fit, of the model's answer too (every token is to be scored, the first one included); a
+                module, or a part of one, in train mode (dropout would be part of the energy).
         """
         if x0.dim() != 3 or tuple(xt.shape) != (x0.shape[0], x0.shape[2]) or log_p.shape != x0.shape:
             raise ValueError(
                 f"x0, xt, log_p: expected [B, K, L], [B, L] and [B, K, L], got {list(x0.shape)}, {list(xt.shape)}, {list(log_p.shape)}"
             )
-        if getattr(self.causal_lm, "training", False):
+        parts = self.causal_lm.modules() if isinstance(self.causal_lm, torch.nn.Module) else [self.causal_lm]
+        if any(getattr(part, "training", False) for part in parts):
             raise ValueError("causal_lm: expected a model in eval mode, got one in train mode; call eval() before sampling")
         batch, k, length = x0.shape
         rows = x0.reshape(batch * k, length)
         chunk = max(1, self.max_bytes // max(1, self.bytes_per_token * length))
-        scored = torch.cat([self.causal_lm.log_probs(part) for part in rows.split(chunk)]) if len(rows) else rows.float()
-        terms = scored.view(batch, k, length).double()
+        terms = torch.empty(batch * k, length, dtype=torch.float64, device=x0.device)
+        for first in range(0, len(rows), chunk):
+            part = rows[first : first + chunk]
+            scored = self.causal_lm.log_probs(part)
+            if scored.shape != part.shape:
+                raise ValueError(
+                    f"causal_lm: expected log_probs of every token, [N, L] = {list(part.shape)}, got {list(scored.shape)}; "
+                    "position 0 is scored too, after BOS"
+                )
+            terms[first : first + chunk] = scored
+        terms = terms.view(batch, k, length)
         if self.carry_over:
             # Not a product with 0: a token that the model holds impossible has -inf.
             terms = terms.masked_fill((xt != self.mask_token_id)[:, None], 0.0)

@@ -16,26 +16,26 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.layer_norm(x.float(), self.weight.shape).to(x.dtype) * self.weight.to(x.dtype)
+        # One rounding to the input's dtype, at the very end.
+        return nn.functional.layer_norm(x.float(), self.weight.shape, self.weight.float()).to(x.dtype)
 
 
-class Rotary(nn.Module):
-    """Rotary position embedding over the whole head (Su et al., arXiv 2104.09864), halves rotated against each other, base 10 000."""
+class Rotary:
+    """Rotary position embedding over the whole head (Su et al., arXiv 2104.09864), halves rotated against each other, base 10 000.
 
-    def __init__(self, head_dim: int) -> None:
-        super().__init__()
-        self.register_buffer("inv_freq", 10_000.0 ** (-torch.arange(0, head_dim, 2).float() / head_dim), persistent=False)
+    The table of angles for ``length`` positions; calling it turns q or k. No module, and no buffer: a network that is cast to bfloat16
+    would cast its frequencies too, and at position 1000 an angle would then be off by radians.
+    """
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, H, L, D] twice -> the same, position i turned by i * inv_freq."""
-        angle = torch.arange(q.shape[2], device=q.device, dtype=torch.float32)[:, None] * self.inv_freq
-        cos, sin = (torch.cat([f(angle), f(angle)], -1).to(q.dtype) for f in (torch.cos, torch.sin))
-        return tuple(x * cos + _rotate_half(x) * sin for x in (q, k))
+    def __init__(self, length: int, head_dim: int, device: torch.device) -> None:
+        frequency = 10_000.0 ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+        angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
+        self.cos, self.sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
 
-
-def _rotate_half(x: torch.Tensor) -> torch.Tensor:
-    a, b = x.chunk(2, -1)
-    return torch.cat([-b, a], -1)
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, H, L, D] -> the same shape and dtype, position i turned by i times the frequencies; computed in float32."""
+        a, b = x.chunk(2, -1)
+        return (x * self.cos + torch.cat([-b, a], -1) * self.sin).to(x.dtype)
 
 
 class TimestepEmbedding(nn.Module):

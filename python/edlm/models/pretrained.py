@@ -13,20 +13,33 @@ from ..config import from_dict, to_dict
 
 
 class Pretrained:
-    """A mixin for networks with a ``config`` dataclass; ``kind`` names them on disk."""
+    """A mixin for networks with a ``config`` dataclass; ``kind`` names them on disk.
+
+    ``tokenizer_description`` is what was stored beside the weights, None for a new network.
+    """
 
     kind: ClassVar[str]
     config_class: ClassVar[type]
+    tokenizer_description: dict[str, Any] | None = None
 
     def save_pretrained(
         self, path: str | Path, *, tokenizer: Mapping[str, Any] | None = None, weights: Mapping[str, torch.Tensor] | None = None
     ) -> None:
         """Write weights, configuration and the tokenizer's description (plain values) to a folder, atomically.
 
-        ``weights`` are written instead of the network's own, by the names of ``state_dict``: an EMA, for example.
+        Args:
+            tokenizer: its description; the one that came with the network, ``tokenizer_description``, if left out.
+            weights: written instead of the network's own, by the names of ``state_dict``: an EMA, for example.
+
+        Raises:
+            ValueError: ``weights`` that this network could not read back; else as ``edlm.checkpoint.save``.
         """
         state = self.state_dict() if weights is None else weights
-        meta = {"config": to_dict(self.config), "tokenizer": None if tokenizer is None else dict(tokenizer)}
+        ours, theirs = ({(n, tuple(w.shape)) for n, w in x.items()} for x in (self.state_dict(), state))
+        if ours != theirs:
+            raise ValueError(f"weights: expected the names and shapes of state_dict(), got a difference at {min(ours ^ theirs)[0]}")
+        described = self.tokenizer_description if tokenizer is None else dict(tokenizer)
+        meta = {"config": to_dict(self.config), "tokenizer": described}
         checkpoint.save(path, kind=self.kind, meta=meta, tensors={"model": state})
 
     @classmethod
@@ -39,7 +52,7 @@ class Pretrained:
         stored = checkpoint.load(path, kind=cls.kind)
         model = cls(from_dict(stored.meta["config"], cls.config_class, source=str(path)))
         try:
-            model.load_state_dict(stored.tensors["model"])
+            model.load_state_dict(stored.tensors.get("model", {}))
         except RuntimeError as error:
             raise ValueError(f"{path}: expected the weights of its own configuration, got others: {error}") from None
         model.tokenizer_description = stored.meta["tokenizer"]

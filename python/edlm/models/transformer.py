@@ -13,22 +13,19 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, dropout: float, *, causal: bool, cond_dim: int | None) -> None:
         super().__init__()
-        if dim % num_heads or (dim // num_heads) % 2:
-            raise ValueError(f"num_heads: expected a divisor of dim {dim} that leaves an even head size, got {num_heads}")
         self.num_heads, self.dropout, self.causal = num_heads, dropout, causal
         self.norm1 = LayerNorm(dim)
         self.attn_qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.attn_out = nn.Linear(dim, dim, bias=False)
         self.norm2 = LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
-        self.adaLN_modulation = Modulation(cond_dim, dim, 6) if cond_dim else None
+        self.adaLN_modulation = None if cond_dim is None else Modulation(cond_dim, dim, 6)
 
     def _attend(self, x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
         batch, length, dim = x.shape
         qkv = self.attn_qkv(x).view(batch, length, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        q, k = rotary(q, k)
-        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        out = nn.functional.scaled_dot_product_attention(rotary(q), rotary(k), v, is_causal=self.causal)
         return self.attn_out(out.transpose(1, 2).reshape(batch, length, dim))
 
     def _residual(self, x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
@@ -52,19 +49,25 @@ class Transformer(nn.Module):
         self, dim: int, num_layers: int, num_heads: int, dropout: float, *, causal: bool, cond_dim: int | None = None
     ) -> None:
         super().__init__()
-        self.rotary = Rotary(dim // num_heads)
-        self.blocks = nn.ModuleList(
-            Block(dim, num_heads, dropout, causal=causal, cond_dim=cond_dim) for _ in range(num_layers)
-        )
+        for name, value in {"dim": dim, "num_layers": num_layers, "num_heads": num_heads, "cond_dim": cond_dim}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected a number >= 1, got {value}")
+        if dim % num_heads or (dim // num_heads) % 2:
+            raise ValueError(f"num_heads: expected a divisor of dim {dim} that leaves an even head size, got {num_heads}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected a share in [0, 1), got {dropout}")
+        self.head_dim = dim // num_heads
+        self.blocks = nn.ModuleList(Block(dim, num_heads, dropout, causal=causal, cond_dim=cond_dim) for _ in range(num_layers))
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
+        rotary = Rotary(x.shape[1], self.head_dim, x.device)
         for block in self.blocks:
-            x = block(x, self.rotary, condition)
+            x = block(x, rotary, condition)
         return x
 
 
 def check_ids(name: str, tokens: torch.Tensor, count: int) -> None:
-    """int64 ids in 0 .. count - 1, or a ValueError. On CUDA, where looking would wait for the device, the embedding's own check serves."""
+    """int64 ids in 0 .. count - 1, or a ValueError. On CUDA, where looking would make the host wait, the embedding's own check serves."""
     if tokens.dtype != torch.int64 or tokens.dim() != 2:
         raise ValueError(f"{name}: expected int64 tokens [B, L], got {tokens.dtype} {list(tokens.shape)}")
     if tokens.device.type == "cpu" and tokens.numel():

@@ -285,9 +285,8 @@ def sample_candidates(
         ValueError: wrong shapes, dtypes or devices; K < 1; ids outside the vocabulary; NaN or +inf, or no finite logit, in a row
             that is drawn. Inside ``torch.compile`` these last become a RuntimeError of the graph.
 
-    RNG: position i of sequence b, candidate k, draws Philox(seed[b]; i, k, offset[b], TOKEN): the same whatever the batch, the order
-    of rows or the number of threads. The total variation between the law of a draw and the softmax is bounded in
-    tests/ops/test_sampling.py.
+    RNG: position i of sequence b, candidate k, draws Philox(seed[b]; i, k, offset[b], TOKEN): the same whatever the batch, the
+    order of rows or the number of threads. Against a float64 softmax, tail included: tests/ops/test_sampling.py.
     """
     name = "sample_candidates"
     check_logits(name, logits, "[B, L, V]")

@@ -144,7 +144,8 @@ def generate(
     step_times = torch.full((len(plan), batch), torch.nan, dtype=torch.float64)
     ess, log_z = (torch.full((len(plan), batch), torch.nan, device=device) for _ in range(2))
     history = [xt] if return_history else None
-    with torch.inference_mode(), _evaluating(denoiser, energy):
+    # no_grad rather than inference_mode: what comes out may be trained on.
+    with torch.no_grad(), _evaluating(denoiser, energy):
         for n, step in enumerate(tqdm(plan, desc="decode", disable=not progress)):
             live = step.live.to(device, non_blocking=True)
             x, t = xt[live], step.t.to(device, torch.float32, non_blocking=True)
