@@ -40,4 +40,13 @@ PYBIND11_MODULE(_build, m) {
         return std::array<uint32_t, 4>{r.x, r.y, r.z, r.w};
       },
       py::arg("counter"), py::arg("key"), "Ten rounds of Philox4x32 on the host.");
+
+  m.def(
+      "philox_uniform",
+      [](int64_t seed, int64_t position, int64_t candidate, int64_t offset, uint32_t purpose) {
+        const edlm::Uniforms u = edlm::philox_uniform(seed, position, candidate, offset, edlm::Purpose{purpose});
+        return std::pair{u.first, u.second};
+      },
+      py::arg("seed"), py::arg("position"), py::arg("candidate"), py::arg("offset"), py::arg("purpose"),
+      "The two uniforms of a counter, as the kernels draw them.");
 }

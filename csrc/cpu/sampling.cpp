@@ -48,20 +48,14 @@ void copy_columns(const SampleArgs& args, const T* x, int64_t begin, int64_t end
   }
 }
 
-// 1 / T as a float and the relative error of that float: without it the temperature itself would be off by up to 6e-8.
-struct Scale {
-  float inverse, correction;
-};
-
-inline f32x16 tempered(f32x16 d, Scale scale) {
-  d = max_or_second(splat(-200.0f), d * scale.inverse);  // exp is 0 there, and -inf times a correction of 0 would be NaN
-  return d + d * scale.correction;
-}
+// exp is 0 below -200, and d may be -inf. 1 / T is rounded to a float here, by at most 6e-8 of itself; only distances inside a tile
+// feel it, since tiles are weighed against each other in double.
+inline f32x16 tempered(f32x16 d, float inverse) { return max_or_second(splat(-200.0f), d * inverse); }
 
 // `blocks` whole blocks of 64 columns. A NaN or +inf anywhere makes the sum of its block NaN (x - max is NaN then), or, in a tile
 // that is NaN and -inf throughout, the maximum.
 template <bool kTempered, class T>
-void tile_mass(const T* x, int blocks, Scale scale, TileMass* tile) {
+void tile_mass(const T* x, int blocks, float inverse, TileMass* tile) {
   f32x16 m0 = splat(kMinusInf), m1 = m0, m2 = m0, m3 = m0;
   for (int i = 0; i < blocks; ++i) {
     m0 = max_or_second(load16(x + i * kBlock), m0);
@@ -92,7 +86,7 @@ void tile_mass(const T* x, int blocks, Scale scale, TileMass* tile) {
       model1 += exp_negative(d1);
       model2 += exp_negative(d2);
       model3 += exp_negative(d3);
-      d0 = tempered(d0, scale), d1 = tempered(d1, scale), d2 = tempered(d2, scale), d3 = tempered(d3, scale);
+      d0 = tempered(d0, inverse), d1 = tempered(d1, inverse), d2 = tempered(d2, inverse), d3 = tempered(d3, inverse);
     }
     tile->block[i] = fold_sum((exp_negative(d0) + exp_negative(d1)) + (exp_negative(d2) + exp_negative(d3)));
   }
@@ -103,18 +97,16 @@ template <class T>
 void tile_masses_of(const SampleArgs& args, int64_t row, int64_t begin, int64_t end, TileMass* tiles) {
   const T* x = row_logits<T>(args, row);
   const bool is_tempered = args.model_log_probs != nullptr;
-  const double inverse = inverse_temperature(args);
-  const float rounded = static_cast<float>(inverse);
-  const Scale scale{rounded, static_cast<float>((inverse - rounded) / inverse)};
+  const float inverse = static_cast<float>(inverse_temperature(args));
   alignas(64) float buffer[kTile];
   for (int64_t t = begin; t < end; ++t) {
     const int64_t first = t * kTile, last = first + kTile < args.vocab ? first + kTile : args.vocab;
     const int blocks = static_cast<int>((last - first + kBlock - 1) / kBlock);
     if (last - first == kTile && !forbidden_in(args, first, last)) {
-      is_tempered ? tile_mass<true>(x + first, blocks, scale, tiles + t) : tile_mass<false>(x + first, blocks, scale, tiles + t);
+      is_tempered ? tile_mass<true>(x + first, blocks, inverse, tiles + t) : tile_mass<false>(x + first, blocks, inverse, tiles + t);
     } else {
       copy_columns(args, x, first, last, buffer);
-      is_tempered ? tile_mass<true>(buffer, blocks, scale, tiles + t) : tile_mass<false>(buffer, blocks, scale, tiles + t);
+      is_tempered ? tile_mass<true>(buffer, blocks, inverse, tiles + t) : tile_mass<false>(buffer, blocks, inverse, tiles + t);
     }
   }
 }

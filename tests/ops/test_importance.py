@@ -56,6 +56,13 @@ def test_law_of_the_pick(k, device):
     assert g_test(counts, pick_law(mu, energy, k)) > 1e-6
 
 
+def test_candidates_are_exchangeable(device):
+    """Independent candidates of one law: each place is picked equally often, whatever the energies."""
+    energy = torch.randn(60_000, 4, generator=torch.Generator().manual_seed(1)).to(device) * 3
+    counts = torch.bincount(select_candidate(energy, seed=8).index.cpu(), minlength=4).double()
+    assert g_test(counts, torch.full((4,), 0.25)) > 1e-6
+
+
 def test_temperature_limits(device):
     greedy = select_candidate(ENERGY.to(device), temperature=0, seed=0)
     assert torch.equal(greedy.index.cpu(), ENERGY.argmin(1)) and (greedy.ess == 1).all() and greedy.log_Z.isnan().all()

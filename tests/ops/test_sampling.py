@@ -73,6 +73,15 @@ def test_log_probs_equal_float64_softmax(device):
     torch.testing.assert_close(got.log_probs.double().cpu(), expected, atol=1.5e-6, rtol=0)
 
 
+def test_log_probs_have_no_bias_at_a_temperature(device):
+    """1 / T is not a float32, and only inside a tile is it rounded to one: the mean error of the log-probabilities is below 1e-7."""
+    logits = torch.randn(1, 50258) * 4
+    for temperature in (0.7, 0.83, 1.3):
+        got = sample_categorical(logits.to(device), 20_000, temperature=temperature, seed=0)
+        expected = torch.log_softmax(logits.double() / temperature, -1)[0][got.tokens.cpu()]
+        assert abs((got.log_probs.double().cpu() - expected).mean()) < 1e-7
+
+
 def test_candidates_agree_with_reference(device):
     logits, mask = torch.randn(3, 7, 100) * 2, 50
     xt = torch.randint(0, 100, (3, 7))
@@ -319,6 +328,20 @@ def test_a_row_depends_on_itself_alone(vocab_size, dtype, device):
             assert same(sample_categorical(logits[:1], 6, seed=seed[:1], position=4), [x[:1] for x in whole])
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strides_of_batch_and_length(dtype, device):
+    """[L, B, V] read as [B, L, V], and a slice of a larger tensor: read in place, with the same bits."""
+    logits = torch.randn(3, 5, 700).to(dtype).to(device)
+    xt = torch.full((3, 5), 699, device=device)
+    whole = sample_candidates(logits, xt, 699, 4, seed=1)
+    swapped = logits.transpose(0, 1).contiguous().transpose(0, 1)
+    larger = torch.zeros(4, 9, 705, dtype=dtype, device=device)[1:, 2:7, 3:703]
+    larger.copy_(logits)
+    for view in (swapped, larger):
+        assert not view.is_contiguous() and view.stride(-1) == 1
+        assert same(sample_candidates(view, xt, 699, 4, seed=1), whole)
 
 
 def test_first_candidates_do_not_depend_on_how_many(device):
