@@ -8,7 +8,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--carry-over", action="store_true", help="score masked positions alone (EDLM-coAR)")
     sample.add_argument("--prompt", help="text with _ where characters are wanted; otherwise all is generated")
     sample.add_argument("--num", type=int, default=4, help="how many texts (default: %(default)s)")
-    sample.add_argument("--length", type=int, default=128, help="tokens of each, without a prompt (default: %(default)s)")
+    sample.add_argument("--length", type=int, help="tokens of each, without a prompt (default: 128)")
     sample.add_argument("--sampler", choices=("ancestral", "first_hitting"), default="ancestral", help="(default: %(default)s)")
     sample.add_argument("--steps", type=int, help="ancestral steps (default: 32)")
     sample.add_argument("--num-candidates", type=int, help="K (default: 8 with an energy)")
@@ -114,15 +114,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     command = {"demo": _demo, "train": _train, "sample": _sample, "eval": _eval, "info": _info}[options.command]
     try:
-        return command(options)
+        code = command(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever read has left, as head does. What is still buffered goes nowhere, so that Python does not complain at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"edlm: error: {error}", file=sys.stderr)
+        print(f"edlm: error: {' '.join(line.strip() for line in str(error).splitlines())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
 
 
-def _interruptible(call: Any) -> int:
+def _interruptible(call: Callable[[], object]) -> int:
     from .train import Interrupted
 
     try:
@@ -151,10 +157,10 @@ def _train(options: argparse.Namespace) -> int:
     from .config import load
     from .train import TrainConfig, train
 
-    config = load(options.config, TrainConfig, options.overrides)
+    config, device = load(options.config, TrainConfig, options.overrides), _device(options.device)
 
     def run() -> None:
-        print(f"trained: {train(config, options.out, device=options.device, progress=not options.quiet)}")
+        print(f"trained: {train(config, options.out, device=device, progress=not options.quiet)}")
 
     return _interruptible(run)
 
@@ -163,9 +169,24 @@ def _device(name: str | None) -> torch.device:
     import torch
 
     try:
-        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r} ({error})") from None
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("edlm has kernels for these two")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's own: no such name; no CUDA in this torch, or no such GPU
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"--device: expected cpu, or cuda or cuda:N where there is such a GPU, got {name!r} ({reason})"
+        ) from None
+    return device
+
+
+def _model_folder(path: str) -> str:
+    """As given, unless it is the run around a model."""
+    inner = Path(path) / "model"
+    if inner.is_dir() and not (Path(path) / "manifest.json").exists():
+        raise ValueError(f"{path}: expected a model's folder, got that of its run; name {inner}")
+    return path
 
 
 def _sample(options: argparse.Namespace) -> int:
@@ -175,25 +196,27 @@ def _sample(options: argparse.Namespace) -> int:
     from .models import ARResidualEnergy, CausalLM, DiT
     from .samplers import generate
 
+    if options.carry_over and not options.energy:
+        raise ValueError("--carry-over: it is a way to score with an energy, got none; give --energy as well, or leave it out")
+    if options.num < 1:
+        raise ValueError(f"--num: expected a number >= 1, got {options.num}")
     device = _device(options.device)
-    denoiser = DiT.from_pretrained(options.model, device=device)
+    denoiser = DiT.from_pretrained(_model_folder(options.model), device=device)
     tokenizer = tokenizer_from(denoiser.tokenizer_description)
     energy = None
     if options.energy:
-        causal = CausalLM.from_pretrained(options.energy, device=device)
-        if causal.vocab_size > denoiser.vocab_size - 1 or causal.tokenizer_description != denoiser.tokenizer_description:
+        causal = CausalLM.from_pretrained(_model_folder(options.energy), device=device)
+        if causal.vocab_size != denoiser.vocab_size - 1 or causal.tokenizer_description != denoiser.tokenizer_description:
             raise ValueError(
                 f"--energy: expected a model with the denoiser's tokenizer {denoiser.tokenizer_description}, got "
                 f"{causal.tokenizer_description}; the two must read the same ids"
             )
         energy = ARResidualEnergy(causal, options.carry_over, mask_token_id=denoiser.mask_token_id)
-    if options.num < 1:
-        raise ValueError(f"--num: expected a number >= 1, got {options.num}")
     if options.prompt is None:
-        shape: dict[str, Any] = {"batch_size": options.num, "length": options.length}
+        shape: dict[str, Any] = {"batch_size": options.num, "length": 128 if options.length is None else options.length}
     else:
         ids = torch.from_numpy(tokenizer.encode_prompt(options.prompt).astype("int64"))
-        shape = {"prompt": ids.repeat(options.num, 1)}
+        shape = {"prompt": ids.repeat(options.num, 1), "length": options.length}
     steps = options.steps if options.steps is not None or options.sampler != "ancestral" else 32
     sample = generate(
         denoiser,
@@ -214,7 +237,7 @@ def _sample(options: argparse.Namespace) -> int:
     )
     texts = [tokenizer.decode(row) for row in sample.tokens.tolist()]
     if options.json:
-        print(json.dumps(_plain(sample, texts)))
+        print(json.dumps(_plain(sample, texts), allow_nan=False))
         return 0
     for text in texts:
         print(text)
@@ -229,7 +252,7 @@ def _plain(sample: SampleOutput, texts: list[str]) -> dict[str, Any]:
     """Everything as JSON values; NaN, where a sequence had no part in a step, becomes null."""
 
     def table(values: torch.Tensor) -> list[list[float | None]]:
-        return [[None if math.isnan(x) else x for x in row] for row in values.tolist()]
+        return [[_number(x) for x in row] for row in values.tolist()]
 
     return {
         "texts": texts,
@@ -243,12 +266,17 @@ def _plain(sample: SampleOutput, texts: list[str]) -> dict[str, Any]:
     }
 
 
+def _number(x: float) -> float | None:
+    """JSON has no numbers that are not finite."""
+    return x if math.isfinite(x) else None
+
+
 def _load_any(path: str, device: torch.device) -> DiT | CausalLM:
     from . import checkpoint
     from .models import CausalLM, DiT
 
     kinds = {"dit": DiT, "causal_lm": CausalLM}
-    kind = checkpoint.kind_of(path)
+    kind = checkpoint.kind_of(_model_folder(path))
     if kind not in kinds:
         raise ValueError(
             f"{path}: expected a model ({', '.join(kinds)}), got a checkpoint of kind {kind!r}; name its run's model folder"
@@ -261,12 +289,12 @@ def _eval(options: argparse.Namespace) -> int:
     from .data.text import BUNDLED
     from .eval import ar_nll, nelbo, unigram_entropy
 
+    if options.length < 1 or options.windows < 1:
+        raise ValueError(f"--length, --windows: expected numbers >= 1, got {options.length}, {options.windows}")
     device = _device(options.device)
     model = _load_any(options.model, device)
     text = read_text(options.text)
     tokens = tokenizer_from(model.tokenizer_description).encode(split(text).test if options.text == BUNDLED else text)
-    if options.length < 1 or options.windows < 1:
-        raise ValueError(f"--length, --windows: expected numbers >= 1, got {options.length}, {options.windows}")
     x0 = windows(tokens, options.length, options.windows).to(device)
     if model.kind == "dit":
         name = "NELBO (upper bound)" if options.steps is None else f"NELBO of {options.steps} steps (upper bound)"
@@ -278,8 +306,11 @@ def _eval(options: argparse.Namespace) -> int:
     estimates = {name: nats, "bits per character": nats.bits_per_character(), "perplexity": nats.perplexity()}
     estimates["unigram entropy of the text"] = unigram_entropy(x0)
     if options.json:
-        plain = {key: {"mean": e.mean, "stderr": e.stderr, "unit": e.unit, "sequences": e.count} for key, e in estimates.items()}
-        print(json.dumps(plain))
+        plain = {
+            key: {"mean": _number(e.mean), "stderr": _number(e.stderr), "unit": e.unit, "sequences": e.count}
+            for key, e in estimates.items()
+        }
+        print(json.dumps(plain, allow_nan=False))
         return 0
     print(f"{len(x0)} windows of {options.length} tokens; +- is one standard error over windows")
     for key, estimate in estimates.items():

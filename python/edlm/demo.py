@@ -6,7 +6,6 @@ import math
 import time
 from pathlib import Path
 
-
 from .data import CharTokenizer, bundled_text, split, windows
 from .eval import Estimate, NGramModel, ar_nll, distinct_n, unigram_entropy
 from .models import ARResidualEnergy, CausalLM, DiT
@@ -15,7 +14,7 @@ from .train import DataSpec, ModelSpec, OptimSpec, TrainConfig, train
 
 LENGTH = 128
 STEPS = (8, 32)
-CANDIDATES = 16
+CANDIDATES = 8
 
 
 def run_config(kind: str, steps: int) -> TrainConfig:
@@ -34,12 +33,16 @@ def run_config(kind: str, steps: int) -> TrainConfig:
 
 def demo(out: str | Path, *, denoiser_steps: int = 800, ar_steps: int = 500, num_samples: int = 64, seed: int = 0) -> bool:
     """Run it all, print it all. True where EDLM beat MDLM by more than the noise at every number of steps."""
+    if num_samples < 2:
+        raise ValueError(f"num_samples: expected at least 2 texts, for there to be a standard error, got {num_samples}")
+    # Both runs' configurations, before minutes go into the first.
+    configs = {kind: run_config(kind, steps) for kind, steps in (("dit", denoiser_steps), ("causal_lm", ar_steps))}
     out, begin = Path(out), time.perf_counter()
     print("Text: Pride and Prejudice, Emma, Persuasion (Jane Austen), as lower-case letters and spaces.")
     print(f"1. Training a denoiser for {denoiser_steps} steps and an autoregressive model for {ar_steps}, into {out}/.")
     print("   (A folder with finished models is used as it is; Ctrl-C saves, and the same command goes on.)")
-    denoiser = DiT.from_pretrained(train(run_config("dit", denoiser_steps), out / "denoiser", name="denoiser"))
-    causal = CausalLM.from_pretrained(train(run_config("causal_lm", ar_steps), out / "autoregressive", name="autoregressive"))
+    denoiser = DiT.from_pretrained(train(configs["dit"], out / "denoiser", name="denoiser"))
+    causal = CausalLM.from_pretrained(train(configs["causal_lm"], out / "autoregressive", name="autoregressive"))
     energy = ARResidualEnergy(causal, mask_token_id=denoiser.mask_token_id)
 
     tokenizer, text = CharTokenizer(), split(bundled_text())
@@ -48,11 +51,13 @@ def demo(out: str | Path, *, denoiser_steps: int = 800, ar_steps: int = 500, num
     judge = NGramModel(held_out[1::2], vocab_size=tokenizer.vocab_size - 1)
     real, real_entropy = _bits(ar_nll(judge, held_out[0::2])), unigram_entropy(held_out[0::2])
 
-    print(f"\n2. Decoding {num_samples} texts of {LENGTH} characters: MDLM draws from the denoiser; EDLM draws {CANDIDATES} candidates")
+    print(
+        f"\n2. Decoding {num_samples} texts of {LENGTH} characters: MDLM draws from the denoiser; EDLM draws {CANDIDATES} candidates"
+    )
     print("   a step and picks one by the energy -log p_AR + log mu, in every step (window 0 to 1).")
     print("   The judge is a 6-gram model of held-out text, unknown to both. Lower is better; +- is one standard error.\n")
     print(f"{'':22}{'judge, bits/char':>20}{'entropy, bits':>16}{'distinct 4-grams':>18}{'ESS':>8}{'seconds':>9}{'NFE':>6}")
-    print(f"{'real text':22}{_pm(real):>20}{_pm(real_entropy):>16}{distinct_n(held_out[0:2 * num_samples:2], 4):>18.2f}")
+    print(f"{'real text':22}{_pm(real):>20}{_pm(real_entropy):>16}{distinct_n(held_out[0 : 2 * num_samples : 2], 4):>18.2f}")
     texts, verdicts = [], []
     for steps in STEPS:
         scores = []
@@ -81,7 +86,9 @@ def demo(out: str | Path, *, denoiser_steps: int = 800, ar_steps: int = 500, num
     for name, sample_text in texts:
         print(f"   {name:16}|{sample_text}|")
     print(f"\n{time.perf_counter() - begin:.0f} s in all. Go on with the models: edlm sample {out / 'denoiser' / 'model'} \\")
-    print(f"    --energy {out / 'autoregressive' / 'model'} --steps 16 --window 0 1 --prompt 'she was ____________________ happy'")
+    print(
+        f"    --energy {out / 'autoregressive' / 'model'} --steps 16 --window 0 1 --prompt 'she was ____________________ happy'"
+    )
     return all(better for _, better in verdicts)
 
 

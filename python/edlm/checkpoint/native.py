@@ -71,6 +71,7 @@ def save(path: str | Path, *, kind: str, meta: Mapping[str, Any], tensors: Mappi
                 save_file({name: t.detach().cpu().contiguous().clone() for name, t in group.items()}, file)
             except SafetensorError as error:
                 raise OSError(f"{file}: {error}") from error
+            file.chmod(temporary.stat().st_mode & 0o666)  # safetensors leaves it readable by its owner alone
             files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
             _flush(file)
         body = json.dumps({"format": FORMAT, "kind": kind, "meta": meta, "files": files}, indent=1, allow_nan=False)
@@ -109,7 +110,7 @@ def load(path: str | Path, *, kind: str | None = None) -> Checkpoint:
                 raise ValueError(f"{path}: corrupt checkpoint: {name} does not match its checksum")
             try:
                 tensors[file.stem] = load_file(file)
-            except SafetensorError as error:
+            except (SafetensorError, RuntimeError) as error:  # torch's own, where a writer has just replaced the file
                 raise ValueError(f"{path}: corrupt checkpoint: {name}: {error}") from None
         return Checkpoint(manifest["kind"], manifest["meta"], tensors)
 
@@ -138,7 +139,7 @@ def clean(folder: str | Path) -> None:
             else:
                 aside.rename(target)
     for partial in folder.glob(".*.partial"):
-        if _PARTIAL.fullmatch(partial.name) and _holds_nothing_else(partial):
+        if _PARTIAL.fullmatch(partial.name) and _holds_nothing_else(partial, temporary=True):
             shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -150,11 +151,17 @@ def _partial(path: Path) -> Path:
     return path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
 
 
-def _holds_nothing_else(path: Path) -> bool:
-    """A folder, no link, with nothing in it but a checkpoint's files: what may be removed without a loss."""
+def _holds_nothing_else(path: Path, *, temporary: bool = False) -> bool:
+    """A folder, no link, with nothing in it but a checkpoint's files: what may be removed without a loss.
+
+    ``temporary``: files that safetensors was still writing count as such.
+    """
     if path.is_symlink() or not path.is_dir():
         return False
-    return all((p.name == _MANIFEST or p.suffix == ".safetensors") and p.is_file() for p in path.iterdir())
+    return all(
+        p.is_file() and (p.name == _MANIFEST or p.suffix == ".safetensors" or (temporary and p.name.startswith(".tmp")))
+        for p in path.iterdir()
+    )
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -179,7 +186,7 @@ def _check_replaceable(path: Path) -> None:
 def _standing(path: Path) -> tuple[Path, tuple[int, ...]]:
     """The folder that holds checkpoint ``path`` now, and what tells it from another of that name."""
     real = path.resolve()
-    for folder in (real, _aside(real), real):  # between the last two looks, a writer may have finished
+    for folder in (real, _aside(real)) * 3:  # between two looks, a writer may move it either way
         try:
             status = folder.stat()
         except (FileNotFoundError, NotADirectoryError):
@@ -191,13 +198,13 @@ def _standing(path: Path) -> tuple[Path, tuple[int, ...]]:
 def _settled(path: Path, read: Callable[[Path], T]) -> T:
     """``read`` the folder, once more where a writer replaced it meanwhile: an old manifest never meets new tensors."""
     while True:
-        folder, before = _standing(path)
+        before = _standing(path)
         result, error = None, None
         try:
-            result = read(folder)
+            result = read(before[0])
         except (OSError, ValueError) as caught:
             error = caught
-        if _standing(path)[1] == before:
+        if _standing(path) == before:
             if error is not None:
                 raise error
             return result

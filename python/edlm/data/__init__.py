@@ -1,7 +1,7 @@
 """From text to batches of tokens."""
 
 from .datasets import WindowDataset, windows
-from .packing import open_tokens, pack
+from .packing import open_tokens, pack, replace_file
 from .text import bundled_text, read_text, split
 from .tokenizers import CharTokenizer, normalize, tokenizer_from
 
@@ -13,6 +13,7 @@ __all__ = [
     "open_tokens",
     "pack",
     "read_text",
+    "replace_file",
     "split",
     "tokenizer_from",
     "windows",

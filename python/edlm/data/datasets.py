@@ -52,12 +52,17 @@ def windows(tokens: np.ndarray, length: int, count: int | None = None) -> torch.
     """int64 [N, L]: consecutive windows from the start, all of them or ``count`` spread evenly: what is evaluated.
 
     Raises:
-        ValueError: not one whole window.
+        ValueError: not one whole window; sizes below 1.
     """
+    if length < 1 or (count is not None and count < 1):
+        raise ValueError(f"length, count: expected numbers >= 1, got {length}, {count}")
     available = len(tokens) // length
     if available < 1:
-        raise ValueError(f"text: expected at least {length} tokens for one window of length {length}, got {len(tokens)}")
+        raise ValueError(
+            f"text: expected at least {length} tokens for one window of length {length}, got {len(tokens)}; "
+            "take more text or shorter windows"
+        )
     table = torch.from_numpy(np.asarray(tokens[: available * length]).astype(np.int64)).view(available, length)
     if count is None or count >= available:
         return table
-    return table[torch.linspace(0, available - 1, count).long()]
+    return table[torch.arange(count) * (available - 1) // max(1, count - 1)]

@@ -29,7 +29,7 @@ def bundled_text() -> str:
 
 
 def read_text(source: str | Path) -> str:
-    """``"bundled"``, or a UTF-8 file: plain, ``.xz`` or ``.gz``.
+    """``"bundled"``, or a UTF-8 file: plain, ``.xz`` or ``.gz``; a byte order mark is dropped.
 
     Raises:
         FileNotFoundError: no such file. ValueError: not UTF-8, not what its ending says, or nothing but white space.
@@ -50,7 +50,7 @@ def read_text(source: str | Path) -> str:
     except (lzma.LZMAError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"text: {path}: expected {path.suffix} data, got something else or a part of it: {error}") from None
     try:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ValueError(f"text: {path}: expected UTF-8, got other bytes at {error.start}; convert it first") from None
     if not text.strip():

@@ -37,7 +37,9 @@ class Pretrained:
         state = self.state_dict() if weights is None else weights
         ours, theirs = ({(n, tuple(w.shape)) for n, w in x.items()} for x in (self.state_dict(), state))
         if ours != theirs:
-            raise ValueError(f"weights: expected the names and shapes of state_dict(), got a difference at {min(ours ^ theirs)[0]}")
+            raise ValueError(
+                f"weights: expected the names and shapes of state_dict(), got a difference at {min(ours ^ theirs)[0]}"
+            )
         described = self.tokenizer_description if tokenizer is None else dict(tokenizer)
         meta = {"config": to_dict(self.config), "tokenizer": described}
         checkpoint.save(path, kind=self.kind, meta=meta, tensors={"model": state})
@@ -50,10 +52,10 @@ class Pretrained:
             FileNotFoundError, ValueError: as ``edlm.checkpoint.load``; a checkpoint of another kind of model; weights that do not fit.
         """
         stored = checkpoint.load(path, kind=cls.kind)
-        model = cls(from_dict(stored.meta["config"], cls.config_class, source=str(path)))
+        model = cls(from_dict(stored.meta.get("config"), cls.config_class, source=str(path)))
         try:
             model.load_state_dict(stored.tensors.get("model", {}))
         except RuntimeError as error:
             raise ValueError(f"{path}: expected the weights of its own configuration, got others: {error}") from None
-        model.tokenizer_description = stored.meta["tokenizer"]
+        model.tokenizer_description = stored.meta.get("tokenizer")
         return model.to(device).eval()

@@ -67,7 +67,7 @@ class Transformer(nn.Module):
 
 
 def check_ids(name: str, tokens: torch.Tensor, count: int) -> None:
-    """int64 ids in 0 .. count - 1, or a ValueError. On CUDA, where looking would make the host wait, the embedding's own check serves."""
+    """int64 ids in 0 .. count - 1, or a ValueError. On CUDA looking would make the host wait: the embedding checks."""
     if tokens.dtype != torch.int64 or tokens.dim() != 2:
         raise ValueError(f"{name}: expected int64 tokens [B, L], got {tokens.dtype} {list(tokens.shape)}")
     if tokens.device.type == "cpu" and tokens.numel():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,6 +24,11 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         preset(self.preset)
+        for name in ("dim", "num_layers", "num_heads", "cond_dim"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a number >= 1, got {getattr(self, name)}")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: expected a number in [0, 1), got {self.dropout}")
 
     def build(self, *, vocab_size: int, mask_token_id: int, bos_token_id: int) -> DiT | CausalLM:
         """An untrained network from torch's global generator. ``vocab_size`` counts the mask, which is the last id."""
@@ -62,6 +68,11 @@ class DiffusionSpec:
     eps: float = 1e-3
     t_min: float = 1e-3
 
+    def __post_init__(self) -> None:
+        for name in ("eps", "t_min"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}; 1e-3 is usual")
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSpec:
@@ -77,12 +88,17 @@ class OptimSpec:
     ema_decay: float = 0.9999
 
     def __post_init__(self) -> None:
-        if not self.lr > 0 or self.warmup_steps < 0 or not self.grad_clip > 0:
+        if not 0 < self.lr < math.inf or self.warmup_steps < 0 or not self.grad_clip > 0:
             raise ValueError(
                 f"lr, warmup_steps, grad_clip: expected > 0, >= 0, > 0, got {self.lr}, {self.warmup_steps}, {self.grad_clip}"
             )
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay: expected a number in [0, 1), got {self.ema_decay}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay: expected a number >= 0, got {self.weight_decay}")
+        if not 0 <= self.final_lr_ratio <= 1:
+            raise ValueError(f"final_lr_ratio: expected a number in [0, 1], got {self.final_lr_ratio}")
+        for name, value in (("ema_decay", self.ema_decay), ("betas[0]", self.betas[0]), ("betas[1]", self.betas[1])):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}: expected a number in [0, 1), got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,3 +122,5 @@ class TrainConfig:
         for name in ("steps", "batch_size", "log_every", "valid_every", "valid_windows", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number >= 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: expected a number in 0 .. 2**63 - 1, got {self.seed}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tqdm import tqdm
+
+from ..data import replace_file
 
 
 class Metrics:
@@ -18,10 +19,8 @@ class Metrics:
     def __init__(self, path: Path, *, resume_step: int) -> None:
         self.path = path
         if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= resume_step]
-            temporary = path.with_name(f".{path.name}.partial")
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            os.replace(temporary, path)
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            replace_file(path, "".join(line + "\n" for line in lines if _step_of(line) <= resume_step).encode())
 
     def write(self, step: int, **values: Any) -> None:
         """Append one line. A number that is not finite becomes null: JSON has none."""
@@ -32,9 +31,10 @@ class Metrics:
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
         return math.inf  # half a line: the kill came while it was written
+    return step if isinstance(step, int) else math.inf
 
 
 class Progress:
@@ -58,10 +58,8 @@ class Progress:
     def validated(self, bits: str) -> None:
         self.valid = f", valid {bits}"
 
-    def say(self, text: str) -> None:
-        """A line above the bar; nothing where there is no bar."""
-        if not self.bar.disable:
-            self.bar.write(text)
+    def __enter__(self) -> Self:
+        return self
 
-    def close(self) -> None:
+    def __exit__(self, *error: object) -> None:
         self.bar.close()

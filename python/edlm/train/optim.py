@@ -23,7 +23,7 @@ def learning_rate(spec: OptimSpec, step: int, steps: int) -> float:
 
 
 class Optimizer:
-    """AdamW over a model's named parameters. Weight decay falls on matrices, not on norms, biases and embeddings of one dimension."""
+    """AdamW over a model's named parameters. Weight decay falls on matrices, embeddings included, not on norms and biases."""
 
     def __init__(self, model: nn.Module, spec: OptimSpec, steps: int) -> None:
         self.spec, self.steps = spec, steps
@@ -56,6 +56,7 @@ class Optimizer:
         }
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
+        """What ``state()`` gave. KeyError: a parameter that the model does not have."""
         for full, value in state.items():
             name, key = full.rsplit("/", 1)
             parameter = self.named[name]

@@ -1,0 +1,346 @@
+"""The command line, end to end on two models that were trained for a few steps; and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from edlm import checkpoint
+from edlm.cli import EXAMPLES, build_parser, main
+from edlm.models import CausalLM, CausalLMConfig
+from tiny_run import assert_same_weights, tiny_values, toml, write_text
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """runs/dit and runs/ar, made by ``edlm train``; text.txt; bad/: what is not a model."""
+    folder = tmp_path_factory.mktemp("cli")
+    text = write_text(folder)
+    for kind, run in (("dit", "dit"), ("causal_lm", "ar")):
+        (folder / f"{run}.toml").write_text(toml(tiny_values(kind, text, steps=8)))
+        arguments = ["train", str(folder / f"{run}.toml"), "--out", str(folder / "runs" / run), "--quiet", "--device", "cpu"]
+        assert main(arguments) == 0
+    (folder / "empty.txt").write_text(" \n")
+    (folder / "short.txt").write_text("short")
+    shutil.copytree(folder / "runs" / "dit" / "model", folder / "corrupt")
+    file = folder / "corrupt" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    bare = CausalLM(CausalLMConfig(vocab_size=27, bos_token_id=27, dim=16, num_layers=1, num_heads=2))
+    bare.save_pretrained(folder / "bare")
+    return folder
+
+
+@pytest.fixture
+def edlm(folder, capsys, monkeypatch):
+    """edlm("sample", "dit", ...) -> (code, stdout, stderr), in the folder of the models."""
+    monkeypatch.chdir(folder)
+
+    def run(*arguments):
+        capsys.readouterr()
+        code = main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+DIT, AR = "runs/dit/model", "runs/ar/model"
+
+# --- help and information ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "sample", "eval", "info"])
+def test_every_command_has_help_with_examples(capsys, command):
+    with pytest.raises(SystemExit) as done:
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert done.value.code == 0
+    assert f"usage: edlm {command}" in shown and "examples:" in shown and f"edlm {command}" in shown.split("examples:")[1]
+
+
+def test_the_whole_has_help_too(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert done.value.code == 0 and all(command in shown for command in EXAMPLES)
+    with pytest.raises(SystemExit) as done:
+        main([])
+    assert done.value.code == 2
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0 and capsys.readouterr().out.startswith("edlm 0.")
+
+
+def test_examples_are_commands_that_parse():
+    import shlex
+
+    lines = [line for text in EXAMPLES.values() for line in text.splitlines() if line.startswith("edlm ")]
+    assert len(lines) >= 9
+    for line in lines:
+        build_parser().parse_args(shlex.split(line, comments=True)[1:])
+
+
+def test_info(edlm):
+    code, out, _ = edlm("info")
+    assert code == 0
+    assert torch.__version__ in out and "sample_candidates" in out and "cuda" in out
+    code, out, _ = edlm("info", "--json")
+    facts = json.loads(out)
+    assert code == 0 and facts["torch"] == torch.__version__ and set(facts["ops"]["sample_candidates"]) == {"cpu", "cuda"}
+
+
+# --- train ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_train_says_where_the_model_is_and_does_not_train_it_again(edlm):
+    code, out, _ = edlm("train", "dit.toml", "--out", "runs/dit", "--quiet")
+    assert (code, out) == (0, f"trained: {DIT}\n")
+
+
+def test_set_overrides_and_quiet_is_quiet(edlm, folder):
+    code, _, err = edlm("train", "dit.toml", "--out", "runs/other", "--set", "steps=3", "--set", "model.dim=8", "--device", "cpu")
+    assert code == 0 and "train" in err and "bits/char" in err
+    config = json.loads((folder / "runs" / "other" / "config.json").read_text())
+    assert config["steps"] == 3 and config["model"]["dim"] == 8
+    again = ("--set", "steps=3", "--set", "model.dim=8", "--quiet")
+    code, _, err = edlm("train", "dit.toml", "--out", "runs/quiet", *again)
+    assert (code, err) == (0, "")
+    assert_same_weights(folder / "runs" / "quiet" / "model", folder / "runs" / "other" / "model")
+
+
+# --- sample -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_sample(edlm):
+    code, out, err = edlm("sample", DIT, "--num", 3, "--length", 20, "--steps", 4)
+    assert code == 0
+    texts = out.splitlines()
+    assert len(texts) == 3 and all(len(text) == 20 and set(text) <= set("abcdefghijklmnopqrstuvwxyz ") for text in texts)
+    assert err.startswith("# 4 denoiser calls, 0 energy calls; denoise ")
+    assert edlm("sample", DIT, "--num", 3, "--length", 20, "--steps", 4)[1] == out
+    assert edlm("sample", DIT, "--num", 3, "--length", 20, "--steps", 4, "--seed", 9)[1] != out
+    # Text n uses seed + n.
+    assert edlm("sample", DIT, "--num", 1, "--length", 20, "--steps", 4, "--seed", 2)[1] == texts[2] + "\n"
+    assert len(edlm("sample", DIT, "--num", 1, "--steps", 1)[1]) == 128 + 1
+
+
+def test_sample_with_an_energy(edlm):
+    common = ("sample", DIT, "--num", 2, "--length", 16, "--steps", 4, "--window", 0, 1, "--num-candidates", 4)
+    code, out, err = edlm(*common, "--energy", AR)
+    assert code == 0 and len(out.splitlines()) == 2
+    assert err.startswith("# 4 denoiser calls, 4 energy calls, ESS ") and 1 <= float(err.split("ESS ")[1].split()[0]) <= 4
+    assert edlm(*common, "--energy", AR)[1] == out
+    # In coAR the energy is another one, and what is picked as well; the default window is the first fifth of the steps.
+    by_energy = [edlm(*common, "--energy", AR, "--json", *more)[1] for more in ((), ("--carry-over",))]
+    full, carried = (json.loads(text) for text in by_energy)
+    assert full["ess"][0] == pytest.approx(carried["ess"][0], rel=1e-4)  # all is masked: the two are one
+    assert full["ess"] != carried["ess"]
+    assert json.loads(edlm("sample", DIT, "--length", 16, "--steps", 10, "--energy", AR, "--json")[1])["energy_nfe"] == 2
+
+
+def test_json_has_nulls_and_no_nan(edlm):
+    arguments = ("--num", 2, "--length", 12, "--steps", 5, "--energy", AR, "--window", 0.5, 1)
+    code, out, _ = edlm("sample", DIT, *arguments, "--json")
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    sample = json.loads(out, parse_constant=refuse)
+    assert code == 0
+    assert len(sample["texts"]) == 2 and all(len(row) == 12 for row in sample["tokens"])
+    assert sample["nfe"] == 5 and sample["energy_nfe"] == 3
+    flat = [x for row in sample["ess"] for x in row]
+    assert None in flat and any(isinstance(x, float) and 1 <= x <= 8 for x in flat)
+    assert set(sample["stage_seconds"]) == {"denoise", "propose", "energy", "select", "reverse"}
+    assert sample["texts"] == edlm("sample", DIT, *arguments)[1].splitlines()
+
+
+@pytest.mark.parametrize("more", [(), ("--energy", AR, "--window", "0", "1"), ("--sampler", "first_hitting")])
+def test_a_prompt_keeps_what_it_gives(edlm, more):
+    prompt = "She  was ____ very____"
+    code, out, _ = edlm("sample", DIT, "--prompt", prompt, "--num", 3, *more)
+    assert code == 0 and len(out.splitlines()) == 3
+    for text in out.splitlines():
+        assert len(text) == len(prompt) and "_" not in text
+        assert all(given in ("_", got) for given, got in zip(prompt.lower(), text, strict=True))
+
+
+def test_first_hitting_and_filters(edlm):
+    code, out, err = edlm(
+        "sample", DIT, "--num", 1, "--length", 9, "--sampler", "first_hitting", "--energy", AR, "--window", 0, 1
+    )
+    assert code == 0 and len(out) == 10 and err.startswith("# 9 denoiser calls, 9 energy calls")
+    greedy = ("sample", DIT, "--num", 1, "--length", 9, "--steps", 3)
+    assert edlm(*greedy, "--temperature", 0)[1] == edlm(*greedy, "--top-k", 1)[1]
+    assert edlm(*greedy, "--top-p", 0.5, "--min-p", 0.1, "--energy", AR, "--energy-temperature", 0)[0] == 0
+
+
+# --- eval -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "name"),
+    [(DIT, (), "NELBO (upper bound)"), (DIT, ("--steps", 4), "NELBO of 4 steps (upper bound)"), (AR, (), "AR NLL (exact)")],
+)
+def test_eval(edlm, model, more, name):
+    common = ("eval", model, "--text", "text.txt", "--length", 16, "--windows", 10, *more)
+    code, out, _ = edlm(*common)
+    assert code == 0 and out.startswith("10 windows of 16 tokens") and name in out
+    assert "bits per character" in out and "perplexity" in out and "unigram entropy" in out
+    values = json.loads(edlm(*common, "--json")[1])
+    assert values[name]["sequences"] == 10 and 0 < values[name]["mean"] < 6
+    assert values["bits per character"]["mean"] == pytest.approx(values[name]["mean"] / 0.693147, rel=1e-4)
+    assert f"{values[name]['mean']:.4f}" in out
+
+
+def test_eval_of_the_bundled_test_split(edlm):
+    code, out, _ = edlm("eval", AR, "--windows", 4)
+    assert code == 0 and out.startswith("4 windows of 128 tokens")
+
+
+def test_eval_of_one_window_has_no_standard_error(edlm):
+    code, out, _ = edlm("eval", AR, "--text", "text.txt", "--length", 16, "--windows", 1, "--json")
+    assert code == 0 and "NaN" not in out and json.loads(out)["AR NLL (exact)"]["stderr"] is None
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------------------
+
+TRAIN = ("train", "dit.toml", "--out", "runs/new")
+SAMPLE = ("sample", DIT, "--length", "8")
+ENERGY = (*SAMPLE, "--energy", AR)
+CHECKPOINT = "runs/dit/checkpoints/step_00000008"
+MISTAKES = {
+    "unknown key in the file": (
+        ("train", "unknown.toml", "--out", "runs/new"),
+        "unknown.toml: unknown key stepz; did you mean steps?",
+    ),
+    "not TOML": (("train", "broken.toml", "--out", "runs/new"), "broken.toml: expected TOML, got a syntax error"),
+    "no such file": (("train", "missing.toml", "--out", "runs/new"), "missing.toml"),
+    "unknown --set key": ((*TRAIN, "--set", "optim.learning=1"), "unknown key optim.learning"),
+    "--set without a value": ((*TRAIN, "--set", "steps"), "--set: expected key=value"),
+    "--set of another type": ((*TRAIN, "--set", "steps=many"), "steps: expected int, got 'many'"),
+    "train on a bad device": ((*TRAIN, "--device", "gpu"), "--device: expected cpu, or cuda or cuda:N"),
+    "another configuration": (
+        ("train", "dit.toml", "--out", "runs/dit", "--set", "steps=9"),
+        "another configuration (steps differ)",
+    ),
+    "train on a missing text": ((*TRAIN, "--set", "data.text=nowhere.txt"), "nowhere.txt, which does not exist"),
+    "train on an empty text": ((*TRAIN, "--set", "data.text=empty.txt"), "empty.txt: expected text, got an empty file"),
+    "train on a short text": ((*TRAIN, "--set", "data.text=short.txt"), "expected at least 32 tokens"),
+    "missing model": (("sample", "nowhere"), "nowhere: no such checkpoint"),
+    "corrupt model": (("sample", "corrupt"), "corrupt checkpoint: model.safetensors: expected"),
+    "a causal model as denoiser": (("sample", AR), "expected a checkpoint of kind 'dit', got 'causal_lm'"),
+    "a denoiser as energy": ((*SAMPLE, "--energy", DIT), "expected a checkpoint of kind 'causal_lm', got 'dit'"),
+    "a trainer's checkpoint as denoiser": (("sample", CHECKPOINT), "expected a checkpoint of kind 'dit', got 'trainer'"),
+    "a trainer's checkpoint to evaluate": (
+        ("eval", CHECKPOINT),
+        "got a checkpoint of kind 'trainer'; name its run's model folder",
+    ),
+    "a run as a model": (("sample", "runs/dit"), "expected a model's folder, got that of its run; name runs/dit/model"),
+    "a run as an energy": ((*SAMPLE, "--energy", "runs/ar"), "name runs/ar/model"),
+    "a run to evaluate": (("eval", "runs/ar"), "name runs/ar/model"),
+    "a file as a model": (("sample", "text.txt"), "expected a checkpoint folder, got a file"),
+    "an energy without a tokenizer": ((*SAMPLE, "--energy", "bare"), "--energy: expected a model with the denoiser's tokenizer"),
+    "evaluation without a tokenizer": (("eval", "bare"), "tokenizer: the model was saved without one"),
+    "a prompt without masks": (
+        ("sample", DIT, "--prompt", "all is said"),
+        "prompt: expected the mask (27) wherever text is wanted",
+    ),
+    "a prompt with other characters": (("sample", DIT, "--prompt", "it's _"), "prompt: expected a-z, spaces and _"),
+    "an empty prompt": (("sample", DIT, "--prompt", ""), "prompt: expected the mask"),
+    "a prompt and another length": (("sample", DIT, "--prompt", "a_", "--length", "5"), "length: the prompt has 2, got 5"),
+    "steps 0": ((*SAMPLE, "--steps", "0"), "steps: expected an int >= 1"),
+    "steps of first-hitting": ((*SAMPLE, "--sampler", "first_hitting", "--steps", "4"), "steps: the first-hitting sampler"),
+    "length 0": (("sample", DIT, "--length", "0"), "length: expected an int >= 1"),
+    "num 0": ((*SAMPLE, "--num", "0"), "--num: expected a number >= 1, got 0"),
+    "a window too wide": ((*ENERGY, "--window", "0", "1.5"), "window: expected 0 <= lo <= hi <= 1, got (0.0, 1.5)"),
+    "a window below 0": ((*ENERGY, "--window", "-0.1", "1"), "window: expected 0 <= lo <= hi <= 1"),
+    "a window the wrong way": ((*ENERGY, "--window", "1", "0"), "window: expected 0 <= lo <= hi <= 1"),
+    "a window of nan": ((*ENERGY, "--window", "nan", "1"), "window: expected 0 <= lo <= hi <= 1"),
+    "K 0": ((*ENERGY, "--num-candidates", "0"), "num_candidates: expected an int >= 1, got 0"),
+    "K without an energy": ((*SAMPLE, "--num-candidates", "4"), "4 candidates need an energy to choose by"),
+    "carry-over without an energy": ((*SAMPLE, "--carry-over"), "--carry-over: it is a way to score with an energy, got none"),
+    "a negative temperature": ((*SAMPLE, "--temperature", "-1"), "temperature"),
+    "a negative energy temperature": ((*ENERGY, "--energy-temperature", "-1"), "energy_temperature: expected a number >= 0"),
+    "top-k 0": ((*SAMPLE, "--top-k", "0"), "top_k"),
+    "top-p 2": ((*SAMPLE, "--top-p", "2"), "top_p"),
+    "a seed of 70 bits": ((*SAMPLE, "--seed", str(2**70)), "seed: expected a 64-bit integer"),
+    "a bad device": (
+        (*SAMPLE, "--device", "gpu"),
+        "--device: expected cpu, or cuda or cuda:N where there is such a GPU, got 'gpu'",
+    ),
+    "a device that does not compute": ((*SAMPLE, "--device", "meta"), "--device: "),
+    "a GPU that is not there": ((*SAMPLE, "--device", "cuda:99"), "got 'cuda:99'"),
+    "evaluate an empty text": (("eval", DIT, "--text", "empty.txt"), "text: empty.txt: expected text, got an empty file"),
+    "evaluate a short text": (("eval", DIT, "--text", "short.txt"), "text: expected at least 128 tokens for one window"),
+    "evaluate a missing text": (("eval", DIT, "--text", "nowhere.txt"), "nowhere.txt, which does not exist"),
+    "evaluate in 0 steps": (("eval", DIT, "--text", "text.txt", "--steps", "0"), "steps: expected an int >= 1, got 0"),
+    "steps of a causal model": (
+        ("eval", AR, "--text", "text.txt", "--steps", "4"),
+        "--steps: only a denoiser has a T-step bound",
+    ),
+    "windows 0": (("eval", DIT, "--windows", "0"), "--length, --windows: expected numbers >= 1, got 128, 0"),
+    "a demo of one text": (("demo", "--num", "1", "--out", "runs/new"), "num_samples: expected at least 2 texts"),
+    "a demo without steps": (("demo", "--ar-steps", "0", "--out", "runs/new"), "steps: expected a number >= 1, got 0"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_code_2(edlm, folder, mistake):
+    (folder / "unknown.toml").write_text("stepz = 3\n" + toml(tiny_values("dit", folder / "text.txt")))
+    (folder / "broken.toml").write_text("steps = = 3\n")
+    arguments, message = MISTAKES[mistake]
+    code, out, err = edlm(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("edlm: error: ") and err.count("\n") == 1 and err.endswith("\n")
+    assert message in err
+    assert not (folder / "runs" / "new" / "config.json").exists()
+
+
+def test_a_message_of_many_lines_becomes_one(edlm, folder):
+    """torch's list of weights that do not fit, for example."""
+    stored = checkpoint.load(folder / DIT)
+    wrong = {name: tensor for name, tensor in stored.tensors["model"].items() if "norm" not in name}
+    checkpoint.save(folder / "wrong", kind="dit", meta=stored.meta, tensors={"model": wrong})
+    code, _, err = edlm("sample", "wrong")
+    assert code == 2 and err.count("\n") == 1 and "expected the weights of its own configuration" in err
+
+
+def test_choices_are_argparse_s_to_refuse(capsys):
+    for arguments in (["fly"], ["sample", "x", "--sampler", "best"], ["sample", "x", "--num", "many"], ["train", "x.toml"]):
+        with pytest.raises(SystemExit) as done:
+            main(arguments)
+        assert done.value.code == 2 and "error: " in capsys.readouterr().err
+
+
+def test_ctrl_c_is_130(edlm, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("edlm.samplers.generate", interrupt)
+    assert edlm(*SAMPLE)[0] == 130
+
+
+def test_a_reader_that_left(folder):
+    """As in ``edlm sample ... | head -1``: no traceback, and no complaint at the end."""
+    read, write = os.pipe()
+    os.close(read)
+    program = "import sys; from edlm.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "info"], stdout=write, stderr=subprocess.PIPE, text=True, check=False, cwd=folder
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
