@@ -59,7 +59,9 @@ def test_without_a_compiler(tree, tmp_path):
     assert "edlm: no working C++20 compiler" in text and "g++" in text
 
 
-@pytest.mark.parametrize(("value", "message"), [("MAYBE", "expected AUTO, ON, OFF or COMPILE, got MAYBE"), ("ON", "EDLM_CUDA=ON needs")])
+@pytest.mark.parametrize(
+    ("value", "message"), [("MAYBE", "expected AUTO, ON, OFF or COMPILE, got MAYBE"), ("ON", "EDLM_CUDA=ON needs")]
+)
 def test_cuda_option(tree, tmp_path, value, message):
     import torch
 
@@ -83,7 +85,14 @@ def test_sdist_and_the_wheel_from_it(tree, tmp_path):
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
         names = [name.split("/", 1)[1] for name in archive.getnames() if "/" in name]
-    for name in ("CMakeLists.txt", "cmake/isa.cmake", "csrc/cpu/sampling.cpp", "python/edlm/data/austen.txt.xz", "README.md", "LICENSE"):
+    for name in (
+        "CMakeLists.txt",
+        "cmake/isa.cmake",
+        "csrc/cpu/sampling.cpp",
+        "python/edlm/data/austen.txt.xz",
+        "README.md",
+        "LICENSE",
+    ):
         assert name in names
     source = next(path for path in tmp_path.iterdir() if path.is_dir() and path.name.startswith("edlm_torch-"))
     done = subprocess.run(

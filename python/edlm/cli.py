@@ -58,11 +58,11 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--out", default="runs/demo", help="folder of the models (default: %(default)s); finished ones are used again"
     )
-    demo.add_argument("--denoiser-steps", type=int, default=800, help="training steps of the denoiser (default: %(default)s)")
+    demo.add_argument("--denoiser-steps", type=int, default=700, help="training steps of the denoiser (default: %(default)s)")
     demo.add_argument(
-        "--ar-steps", type=int, default=500, help="training steps of the autoregressive model (default: %(default)s)"
+        "--ar-steps", type=int, default=400, help="training steps of the autoregressive model (default: %(default)s)"
     )
-    demo.add_argument("--num", type=int, default=64, help="texts to decode each way (default: %(default)s)")
+    demo.add_argument("--num", type=int, default=96, help="texts to decode each way (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="of the decoding (default: %(default)s)")
 
     train = add("train", "train a denoiser or an autoregressive model from a TOML file")

@@ -12,16 +12,17 @@ from .models import ARResidualEnergy, CausalLM, DiT
 from .samplers import SampleOutput, generate
 from .train import DataSpec, ModelSpec, OptimSpec, TrainConfig, train
 
-LENGTH = 128
+WINDOW = 128  # characters of a training window
+LENGTH = 64  # characters of a decoded text
 STEPS = (8, 32)
-CANDIDATES = 8
+CANDIDATES = 16
 
 
 def run_config(kind: str, steps: int) -> TrainConfig:
     """Both models have the same shape and see batches of 32 windows of 128 characters."""
     return TrainConfig(
         model=ModelSpec(kind=kind, preset="tiny"),
-        data=DataSpec(text="bundled", length=LENGTH),
+        data=DataSpec(text="bundled", length=WINDOW),
         optim=OptimSpec(lr=3e-3, warmup_steps=50, decay="cosine", ema_decay=0.99),
         steps=steps,
         valid_every=100,
@@ -31,7 +32,7 @@ def run_config(kind: str, steps: int) -> TrainConfig:
     )
 
 
-def demo(out: str | Path, *, denoiser_steps: int = 800, ar_steps: int = 500, num_samples: int = 64, seed: int = 0) -> bool:
+def demo(out: str | Path, *, denoiser_steps: int = 700, ar_steps: int = 400, num_samples: int = 96, seed: int = 0) -> bool:
     """Run it all, print it all. True where EDLM beat MDLM by more than the noise at every number of steps."""
     if num_samples < 2:
         raise ValueError(f"num_samples: expected at least 2 texts, for there to be a standard error, got {num_samples}")

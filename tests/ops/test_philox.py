@@ -37,7 +37,12 @@ def test_host_equals_reference_on_random_words():
 def test_host_uniforms_are_the_references_to_the_last_bit():
     """All 53 bits of both, for negative seeds and for words that wrap at 2**32 as well."""
     build = pytest.importorskip("edlm._build", reason="nothing is compiled")
-    for seed, position, candidate, offset in [(0, 0, 0, 0), (-1, 5, 7, 9), (2**62 + 3, 2**32 + 5, 7, 2**33 + 1), (12345, 1, 2, 3)]:
+    for seed, position, candidate, offset in [
+        (0, 0, 0, 0),
+        (-1, 5, 7, 9),
+        (2**62 + 3, 2**32 + 5, 7, 2**33 + 1),
+        (12345, 1, 2, 3),
+    ]:
         for purpose in Purpose:
             u = philox_uniform(torch.tensor(seed), position=position, candidate=candidate, offset=offset, purpose=purpose)
             assert build.philox_uniform(seed, position, candidate, offset, int(purpose)) == tuple(map(float, u))
