@@ -26,15 +26,17 @@ class Timing:
 
 
 def interleave(variants: dict[str, Callable[[int], object]], repetitions: int, budget_s: float = 60.0) -> dict[str, Timing]:
-    """Time every variant once a round, in turn, so that drift of the machine falls on all alike.
+    """Time every variant once a round, in turn, so that drift of the machine falls on all alike; each round starts with another
+    one, so that none always runs in the wake of the same neighbour.
 
     A variant is called with the round's number, by which it may pick a fresh input. One warm-up round is thrown away. Rounds stop
     at ``repetitions`` or when ``budget_s`` is spent, never below three.
     """
     samples: dict[str, list[float]] = {name: [] for name in variants}
-    start = time.perf_counter()
+    start, order = time.perf_counter(), list(variants.items())
     for n in range(-1, repetitions):
-        for name, call in variants.items():
+        order = order[1:] + order[:1]
+        for name, call in order:
             begin = time.perf_counter()
             call(max(n, 0))
             if n >= 0:

@@ -80,7 +80,7 @@ def test_it_runs_and_shows_both(tmp_path, capsys):
     verdicts = [line for line in out.splitlines() if "EDLM is" in line]
     assert [v.split()[0] for v in verdicts] == ["8", "32"]
     assert better is (not any("NOT better" in v for v in verdicts))
-    samples = re.findall(r"^   (MDLM|EDLM), (\d+) steps +\|([a-z ]{128})\|$", out, re.MULTILINE)
+    samples = re.findall(r"^   (MDLM|EDLM), (\d+) steps +\|([a-z ]{64})\|$", out, re.MULTILINE)
     assert [(name, steps) for name, steps, _ in samples] == [("MDLM", "8"), ("EDLM", "8"), ("MDLM", "32"), ("EDLM", "32")]
 
     # Again: the models are used as they are, and the seed gives the same texts.
