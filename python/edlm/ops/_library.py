@@ -125,7 +125,10 @@ def forbidden_ids(
 
 
 def check_invalid(name: str, invalid: torch.Tensor, describe: Callable[[int], str]) -> None:
-    """Raise if a kernel reported a bad row: -1 is none. Inside a compiled graph the report becomes an assertion of the graph."""
+    """Raise if a kernel reported a bad row: -1 is none. Inside a compiled graph the report becomes an assertion of the graph.
+
+    NOTE: reading the report of a CUDA op waits for the device, as long as the references run there.
+    """
     if torch.compiler.is_compiling():
         torch._assert_async(invalid[0] < 0, f"{name}: a row of the input is not valid; run it without torch.compile for details")
         return

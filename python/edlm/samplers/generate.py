@@ -131,7 +131,7 @@ def generate(
     proposal = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     shaped = temperature != 1 or any(value is not None for value in (top_k, top_p, min_p))
 
-    seeds = expand_seed(seed, batch)
+    seeds = expand_seed(seed, batch, "cpu")
     diffusion = MaskedDiffusion(schedule or LogLinearSchedule(eps=0.0), mask)
     open_time = diffusion.opening_times(seeds, batch, size)
     masked = (xt == mask).cpu()
