@@ -21,8 +21,8 @@ lint: $(VENV)/.tools     ## ruff: rules and format
 
 install: $(VENV)/.installed
 
-# Rebuilt when a source of the package changes.
-SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find python csrc cmake -type f -not -path '*/__pycache__/*' 2>/dev/null)
+# Rebuilt when a source of the package changes, appears or goes (a folder is newer then).
+SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find python csrc cmake -not -name __pycache__ -not -path '*/__pycache__/*' 2>/dev/null)
 $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
 	$(INSTALL) torch
 	$(INSTALL) ".[test]"

@@ -1,5 +1,5 @@
 # Whether CUDA kernels are built is decided by what is installed (nvcc, a torch with CUDA), never by whether a GPU is present.
-# There are no kernels yet: sources appear under csrc/cuda, and this file says what will happen to them.
+# There are no kernels yet: csrc/cuda is empty, and the option only checks that what it asks for is there.
 file(GLOB EDLM_CUDA_KERNELS CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/*.cu)
 include(CheckLanguage)
 
@@ -26,5 +26,8 @@ if(NOT EDLM_CUDA STREQUAL "OFF")
       message(WARNING "edlm: EDLM_CUDA=${EDLM_CUDA}: ${EDLM_CUDA_STATUS}")
     endif()
   endif()
+endif()
+if(EDLM_CUDA_KERNELS AND EDLM_CUDA_STATUS STREQUAL "off" AND NOT EDLM_CUDA STREQUAL "OFF")
+  message(FATAL_ERROR "edlm: csrc/cuda holds kernels that cmake/cuda.cmake does not build yet: add the target, or pass -DEDLM_CUDA=OFF")
 endif()
 message(STATUS "edlm: CUDA ${EDLM_CUDA_STATUS}")

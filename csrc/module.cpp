@@ -10,6 +10,8 @@ namespace py = pybind11;
 PYBIND11_MODULE(_build, m) {
   m.doc() = "How edlm was built, and the host side of its random numbers.";
 
+  m.attr("ABI") = 1;  // python/edlm/ops/_library.py expects the same
+
   m.def(
       "info",
       [] {

@@ -47,14 +47,14 @@ static inline int64_t num_tiles(const SampleArgs& args) { return (args.vocab + k
 // What draw() wants beside the tiles of its row.
 static inline int64_t draw_scratch_doubles(const SampleArgs& args) { return num_tiles(args) + 8; }
 
-// 1 / T, within what a float holds: a temperature below 1e-30 is as good as greedy.
+// 1 / T, within what a normal float holds: a temperature below 1e-30 is as good as greedy, one above 1e30 as good as uniform.
 static inline double inverse_temperature(const SampleArgs& args) {
-  return args.temperature > 1e-30 ? 1.0 / args.temperature : args.temperature > 0 ? 1e30 : 1.0;
+  const double t = args.temperature;
+  return t == 0 ? 1.0 : t < 1e-30 ? 1e30 : t > 1e30 ? 1e-30 : 1.0 / t;
 }
 
 // One instruction set's kernels. A row's bits depend on its logits alone: not on how rows or tiles are shared among threads.
 struct SampleKernels {
-  const char* isa;
   // Tiles [begin, end) of a row (b * length + l) into tiles[begin .. end).
   void (*tile_masses)(const SampleArgs&, int64_t row, int64_t begin, int64_t end, TileMass* tiles);
   // All draws of a row from its tiles. Returns -1, or a BadRow code after writing token 0 and NaN.

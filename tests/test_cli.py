@@ -132,7 +132,7 @@ def test_sample(edlm):
     assert err.startswith("# 4 denoiser calls, 0 energy calls; denoise ")
     assert edlm("sample", DIT, "--num", 3, "--length", 20, "--steps", 4)[1] == out
     assert edlm("sample", DIT, "--num", 3, "--length", 20, "--steps", 4, "--seed", 9)[1] != out
-    # Text n uses seed + n.
+    # Text n uses seed * num + n: two seeds share none.
     assert edlm("sample", DIT, "--num", 1, "--length", 20, "--steps", 4, "--seed", 2)[1] == texts[2] + "\n"
     assert len(edlm("sample", DIT, "--num", 1, "--steps", 1)[1]) == 128 + 1
 

@@ -75,7 +75,11 @@ def markdown(document: dict) -> str:
         lines.append(f"| {result['n']} x {result['v']}, {result['dtype']} | {t['amax']:.1f} | {' | '.join([*ours, *others])} |")
     m = document["machine"]
     return "\n".join(
-        [*lines, "", f"{m['cpu']}, {m['threads']} threads, {m['isa']}, torch {m['torch']}, medians of one interleaved run."]
+        [
+            *lines,
+            "",
+            f"{m['cpu']}, {m['threads']} threads, {m['isa']}, torch {m['torch']}, medians of one interleaved run, Gumbel beside it.",
+        ]
     )
 
 

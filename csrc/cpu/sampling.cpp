@@ -15,8 +15,6 @@
 #ifndef EDLM_ISA
 #error "EDLM_ISA names the instruction set; cmake/isa.cmake defines it"
 #endif
-#define EDLM_STRING_(x) #x
-#define EDLM_STRING(x) EDLM_STRING_(x)
 
 namespace edlm {
 namespace {
@@ -52,8 +50,8 @@ void copy_columns(const SampleArgs& args, const T* x, int64_t begin, int64_t end
 // feel it, since tiles are weighed against each other in double.
 inline f32x16 tempered(f32x16 d, float inverse) { return max_or_second(splat(-200.0f), d * inverse); }
 
-// `blocks` whole blocks of 64 columns. A NaN or +inf anywhere makes the sum of its block NaN (x - max is NaN then), or, in a tile
-// that is NaN and -inf throughout, the maximum.
+// `blocks` whole blocks of 64 columns. A NaN or +inf anywhere makes the sum of its block NaN: the maximum passes over
+// NaN, but x - max does not.
 template <bool kTempered, class T>
 void tile_mass(const T* x, int blocks, float inverse, TileMass* tile) {
   f32x16 m0 = splat(kMinusInf), m1 = m0, m2 = m0, m3 = m0;
@@ -224,7 +222,7 @@ int64_t draw_of(const SampleArgs& args, int64_t row, const TileMass* tiles, doub
     const f64x8 model_scale = exp_negative(d);
     for (int64_t j = 0; j < 8 && t + j < n; ++j) model_total += tiles[t + j].model_sum * model_scale[j];
   }
-  const double model_lse = std::log(model_total) + max;
+  const double log_model_total = std::log(model_total);
   const double log_total = std::log(total);
 
   const int64_t offset = args.offset[b * args.offset_stride];
@@ -242,7 +240,7 @@ int64_t draw_of(const SampleArgs& args, int64_t row, const TileMass* tiles, doub
     }
     args.tokens[out] = column.id;
     args.log_probs[out] = static_cast<float>(log_prob);
-    if (args.model_log_probs) args.model_log_probs[out] = static_cast<float>(clamp_max_0(column.logit - model_lse));
+    if (args.model_log_probs) args.model_log_probs[out] = static_cast<float>(clamp_max_0((column.logit - max) - log_model_total));
   }
   return -1;
 }
@@ -260,7 +258,7 @@ int64_t draw(const SampleArgs& args, int64_t row, const TileMass* tiles, double*
 
 namespace EDLM_ISA {
 extern const SampleKernels kSampleKernels;
-const SampleKernels kSampleKernels{EDLM_STRING(EDLM_ISA), tile_masses, draw};
+const SampleKernels kSampleKernels{tile_masses, draw};
 }  // namespace EDLM_ISA
 
 }  // namespace edlm

@@ -1,5 +1,6 @@
 // Sixteen floats, eight doubles: GCC and Clang vector extensions, which the compiler lowers to whatever the instruction set has. One
-// source therefore has one order of summation on every processor, and needs no intrinsics but the ones named below.
+// source therefore has one order of summation on every processor (where there is FMA, products are contracted: last bits differ), and
+// needs no intrinsics but the ones named below.
 //
 // NOTE: this header is compiled once per instruction set. Everything in it is static, so that the linker never lets a baseline
 // object call the AVX-512 copy of a function.

@@ -1,4 +1,4 @@
-"""edlm: energy-based diffusion language models on fused C++/CUDA kernels.
+"""edlm: energy-based diffusion language models on fused C++ kernels.
 
 ``edlm.ops`` holds the primitives, ``edlm.samplers.generate`` the decode loop, ``edlm.models`` networks, ``edlm.train`` a trainer,
 ``edlm.eval`` estimators. Importing edlm imports none of them and creates no CUDA context; ``edlm.generate`` and the rooms are

@@ -90,7 +90,9 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--top-k", type=int, help="keep the k most probable tokens")
     sample.add_argument("--top-p", type=float, help="keep the most probable tokens up to this mass")
     sample.add_argument("--min-p", type=float, help="keep tokens at least this likely, relative to the likeliest")
-    sample.add_argument("--seed", type=int, default=0, help="text n uses seed + n (default: %(default)s)")
+    sample.add_argument(
+        "--seed", type=int, default=0, help="text n uses seed * num + n: two seeds share no text (default: %(default)s)"
+    )
     sample.add_argument("--device", help="cpu, cuda, cuda:1 (default: CUDA where there is one)")
     sample.add_argument("--json", action="store_true", help="print texts, tokens and all diagnostics as JSON")
 
@@ -231,7 +233,7 @@ def _sample(options: argparse.Namespace) -> int:
         top_p=options.top_p,
         min_p=options.min_p,
         sampler=options.sampler,
-        seed=options.seed,
+        seed=options.seed * options.num,
         device=device,
         progress=not options.json and sys.stderr.isatty(),
     )

@@ -29,6 +29,11 @@ class Denoiser(Protocol):
     def __call__(self, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor: ...
 
 
+def offers_head(denoiser: Denoiser) -> bool:
+    """Whether the denoiser comes in two halves, ``hidden`` and ``head``. An attribute of that name that is no function does not count."""
+    return callable(getattr(denoiser, "hidden", None)) and callable(getattr(denoiser, "head", None))
+
+
 @runtime_checkable
 class EnergyModel(Protocol):
     """The residual energy E(x0, xt, t) of K completed candidates a sequence. Low energy is good.

@@ -225,3 +225,30 @@ def test_a_kill_at_every_step_of_a_replacement(path):
         if code == 0:
             break
     assert code == 0 and last >= 8 and same(stored, tensors(2.0))
+
+
+def test_everything_is_on_the_disk_before_it_has_its_name(path, monkeypatch):
+    """What no kill shows, but a power cut would: files, then their folder, then the name, then the name's folder, then the old goes."""
+    events, fsync, rename = [], os.fsync, type(path).rename
+
+    def flushing(descriptor):
+        fsync(descriptor)
+        status = os.fstat(descriptor)
+        events.append((status.st_ino, status.st_size))
+
+    def renaming(self, target):
+        events.append(f"{self.name} -> {target.name}")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", flushing)
+    monkeypatch.setattr(type(path), "rename", renaming)
+    save(path, kind="dit", meta=META, tensors=tensors(2.0))
+    monkeypatch.undo()
+
+    named = next(i for i, event in enumerate(events) if str(event).endswith(".partial -> model"))
+    gone = next(i for i, event in enumerate(events) if str(event).startswith(".model.previous -> "))
+    files = {(p.stat().st_ino, p.stat().st_size) for p in path.iterdir()}  # whole when they were flushed
+    assert len(files) == 3 and files <= set(events[:named])
+    flushed = [event[0] if isinstance(event, tuple) else None for event in events]
+    assert path.stat().st_ino in flushed[max(events.index(file) for file in files) + 1 : named]
+    assert path.parent.stat().st_ino in flushed[named + 1 : gone]

@@ -9,6 +9,7 @@ import torch
 from edlm.models import ARResidualEnergy, CausalLM, CausalLMConfig
 from edlm.protocols import EnergyModel
 from exact import TabularCausalLM, Universe
+from torch.profiler import ProfilerActivity, profile
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +155,26 @@ def test_chunks_of_a_real_network():
             torch.testing.assert_close(expected[b, k], one.detach(), rtol=1e-4, atol=1e-4)
     assert not expected.requires_grad
     assert not torch.equal(expected[0], expected[1])
+
+
+@pytest.mark.parametrize(("dim", "length", "rows"), [(16, 64, 64), (128, 128, 16)])
+def test_scoring_takes_the_memory_that_is_estimated(dim, length, rows):
+    """The allocator's peak while a chunk that just fills ``max_bytes`` is scored: within the bound, and not far below it."""
+    torch.manual_seed(0)
+    causal = CausalLM(CausalLMConfig(vocab_size=5, bos_token_id=5, dim=dim, num_layers=2, num_heads=4))
+    budget = ARResidualEnergy(causal, mask_token_id=5).bytes_per_token * length * rows
+    model = ARResidualEnergy(causal, mask_token_id=5, max_bytes=budget)
+    x0, xt = torch.randint(0, 5, (1, 4 * rows, length)), torch.full((1, length), 5)
+    given = x0, xt, torch.ones(1), torch.zeros(1, 4 * rows, length)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model(*given)
+    now = peak = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    results = 2 * 8 * x0.numel()  # the float64 terms of all candidates and their log mu, which no chunk bounds
+    assert 0.6 * budget < peak <= budget + results
 
 
 class Fixed:

@@ -134,6 +134,11 @@ def test_select_bad_energies(energy, where, temperature):
         select_candidate(energy, temperature=temperature, seed=0)
 
 
+def test_a_weight_that_overflows_is_reported():
+    with pytest.raises(ValueError, match=r"energy: expected finite energies.* in sequence 0"):
+        select_candidate(torch.tensor([[-1.0, 0.0]]), temperature=1e-310, seed=0)
+
+
 def test_select_bad_input():
     with pytest.raises(ValueError, match=r"energy: expected a floating tensor \[B, K\] .* got torch.float32 \[3\]"):
         select_candidate(torch.zeros(3), seed=0)
@@ -171,7 +176,8 @@ def test_equal_weights_and_certain_ones(scheme, device):
     certain[0, 4] = -700.0
     assert (resample(certain, scheme, seed=0) == 4).all()
     if scheme != "multinomial":
-        assert torch.equal(resample(torch.zeros(1, 6, device=device), scheme, seed=0).cpu(), torch.arange(6)[None])
+        for n in (6, 49, 98):  # 49 * (1 / 49) is just below 1
+            assert torch.equal(resample(torch.zeros(1, n, device=device), scheme, seed=0).cpu(), torch.arange(n)[None])
 
 
 def test_resample_bad_input():

@@ -76,6 +76,30 @@ def test_linear(dtype, with_bias, forbidden, device):
         torch.testing.assert_close(mine.grad.double().cpu(), exact.grad, atol=tolerance, rtol=tolerance)
 
 
+def test_a_common_shift_costs_no_precision(device):
+    """Integers and a power of two: the shifted logits are exact, so the results must agree to the last bits."""
+    logits, tokens = torch.randint(-9, 9, (20, 300), device=device).float(), torch.randint(0, 300, (20,), device=device)
+    plain = gather_log_probs(logits, tokens)
+    torch.testing.assert_close(gather_log_probs(logits + 2.0**14, tokens), plain, atol=1e-6, rtol=0)
+    bias = torch.full((300,), 2.0**14, device=device)
+    hidden, weight = torch.randint(-2, 3, (20, 4), device=device).float(), torch.randint(-2, 3, (300, 4), device=device).float()
+    torch.testing.assert_close(
+        linear_log_probs(hidden, weight, tokens, bias), linear_log_probs(hidden, weight, tokens), atol=1e-6, rtol=0
+    )
+    assert gather_log_probs(1e30 * logits, tokens, temperature=1e-10).isnan().sum() == 0
+
+
+def test_products_stay_float32_under_autocast(device):
+    hidden, weight, bias, tokens = (x.to(device) for x in linear_case(n=50, d=64, v=500))
+    hidden.requires_grad_()
+    plain = linear_log_probs(hidden, weight, tokens, bias)
+    (grad,) = torch.autograd.grad(plain.sum(), hidden)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        cast = linear_log_probs(hidden, weight, tokens, bias)
+        (cast_grad,) = torch.autograd.grad(cast.sum(), hidden)
+    assert torch.equal(cast, plain) and torch.equal(cast_grad, grad)
+
+
 def test_linear_equals_gather_of_logits(device):
     hidden, weight, bias, tokens = (x.to(device) for x in linear_case())
     direct = gather_log_probs(hidden @ weight.T + bias, tokens)

@@ -42,7 +42,7 @@ def samples():
             (torch.randn(6), hidden.detach(), weight.detach(), TOKENS[:, 0].contiguous(), lse, None, N0)
         ],
         "select_candidate": [
-            (torch.randn(3, 4), 1.0, None, SEEDS, ZERO),
+            (torch.randn(4, 3).T, 1.0, None, SEEDS, ZERO),
             (torch.randn(3, 4), 0.5, torch.randn(3, 4), SEEDS, SEEDS),
         ],
         "resample": [(torch.randn(3, 4), scheme, SEEDS, ZERO) for scheme in range(4)],

@@ -419,7 +419,7 @@ def test_one_finite_logit(device):
 def test_blocks_of_minus_infinity(device):
     logits = torch.randn(1, 3000, device=device)
     logits[0, 100:2900] = -math.inf
-    for temperature in (1.0, 0.5):  # 1 / 0.5 is exact in float32: its low part is 0, and 0 * -inf must not appear
+    for temperature in (1.0, 0.5):
         tokens = sample_categorical(logits, 5000, temperature=temperature, seed=0).tokens
         assert ((tokens < 100) | (tokens >= 2900)).all()
 
@@ -435,8 +435,26 @@ def test_greedy_takes_the_lowest_of_equals(device):
 def test_extreme_temperatures(device):
     logits = torch.tensor([[0.0, 1.0, 0.5]], device=device)
     assert (sample_categorical(logits, 50, temperature=1e-40, seed=0).tokens == 1).all()
-    counts = torch.bincount(sample_categorical(logits, 30_000, temperature=1e6, seed=0).tokens[0].cpu(), minlength=3)
-    assert g_test(counts.double(), torch.full((3,), 1 / 3)) > 1e-6
+    logits = torch.tensor([[0.0, 1.0, 0.5, -math.inf]], device=device)
+    for temperature in (1e6, 1e300):
+        counts = torch.bincount(sample_categorical(logits, 30_000, temperature=temperature, seed=0).tokens[0].cpu(), minlength=4)
+        assert g_test(counts.double(), torch.tensor([1, 1, 1, 0]) / 3) > 1e-6
+
+
+def test_extreme_logits(device):
+    """Near the ends of float32 the log-probabilities are those of the differences."""
+    for value in (-3.4e38, 3.4e38, 1e30):
+        got = sample_categorical(torch.full((1, 4), value, device=device), 50, temperature=0.7, seed=0)
+        for log_probs in (got.log_probs, got.model_log_probs):
+            torch.testing.assert_close(log_probs, torch.full_like(log_probs, -math.log(4)))
+
+
+def test_draws_carry_no_gradient(device):
+    """Whatever was passed: a gradient through draws would be one that depends on the filters. gather_log_probs has the real one."""
+    logits, xt = torch.randn(2, 3, 9, device=device, requires_grad=True), torch.full((2, 3), 8, device=device)
+    for options in ({}, {"temperature": 0.7}, {"top_k": 3}):
+        draws = sample_candidates(logits, xt, 8, 2, seed=0, **options), sample_categorical(logits[0], 2, seed=0, **options)
+        assert not any(x.requires_grad for draw in draws for x in draw)
 
 
 def test_empty(device):
@@ -505,6 +523,12 @@ def test_bad_forbidden():
         sample_categorical(torch.zeros(1, 5), forbidden=[9], seed=0)
     with pytest.raises(ValueError, match=r"expected a finite logit besides the forbidden ids, got none in row 0"):
         sample_categorical(torch.zeros(1, 2), forbidden=[0, 1], seed=0)
+
+
+def test_bad_forbidden_tensor():
+    for ids in ([-1], [5]):
+        with pytest.raises(ValueError, match=rf"forbidden: expected ids in 0 .. 4, got {ids[0]}"):
+            sample_categorical(torch.zeros(1, 5), forbidden=torch.tensor(ids), seed=0)
 
 
 def test_the_op_itself_checks_its_callers():

@@ -153,6 +153,22 @@ def test_first_hitting(universe, denoiser, energy, k):
     assert out.nfe == 3
 
 
+@pytest.mark.parametrize("steps", [3, 10, 20, 49])
+def test_window_edges_compare_as_they_read(universe, denoiser, energy, steps):
+    """lo < t <= hi with t = i / T as a fraction: an edge that is a grid point belongs to the step below it, and rounding moves none."""
+    seen = set()
+    for low, high in ((0.3, 1.0), (0.0, 0.3), (1 / 3, 1.0), (0.05, 0.7)):
+        out = generate(
+            denoiser, batch_size=300, length=3, steps=steps, seed=1, energy=energy, num_candidates=2, window=(low, high)
+        )
+        for t, used in zip(out.step_times.nan_to_num(-1).amax(1).tolist(), (~out.ess.isnan()).any(1).tolist(), strict=True):
+            exact = round(t * steps) / steps  # the nearest float to the fraction
+            assert t == exact
+            assert used is (low < exact <= high)
+            seen.add(used)
+    assert seen == {True, False}
+
+
 def test_first_hitting_window_is_per_sequence(universe, denoiser, energy):
     out = generate(
         denoiser, batch_size=500, length=3, sampler="first_hitting", seed=3, energy=energy, num_candidates=4, window=(0.5, 0.9)

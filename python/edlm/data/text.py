@@ -1,7 +1,7 @@
 """Where text comes from: the package's own, or a file.
 
 The bundled text is Jane Austen's "Pride and Prejudice" (1813), "Emma" (1815) and "Persuasion" (1817), in this order, case and
-punctuation kept: 2 MB, in the public domain everywhere.
+punctuation kept: 2 MB, in the public domain everywhere. The texts are those of the R package janeaustenr 1.0.0.
 """
 
 from __future__ import annotations

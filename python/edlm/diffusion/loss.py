@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..ops import gather_log_probs
-from ..protocols import Denoiser
+from ..protocols import Denoiser, offers_head
 from .process import MaskedDiffusion, check_times, check_tokens, stratified_uniforms
 
 
@@ -34,7 +34,7 @@ def masked_nats(denoiser: Denoiser, x0: torch.Tensor, xt: torch.Tensor, t: torch
         )
     masked = xt == denoiser.mask_token_id
     t = t.to(torch.float32)
-    if hasattr(denoiser, "hidden") and hasattr(denoiser, "head"):
+    if offers_head(denoiser):
         rows = denoiser.head(denoiser.hidden(xt, t)[masked])
     else:
         logits = denoiser(xt, t)

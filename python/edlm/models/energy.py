@@ -22,6 +22,8 @@ class ARResidualEnergy:
             it but for the last bits of matrix products.
         bytes_per_token: what the model needs for one token of one sequence while scoring. The default estimates it from the
             model's configuration (``dim``: attention inputs and the MLP, 4 bytes a number), and is 64 KiB for a model without one.
+            NOTE: what does not grow with the chunk comes on top: one sequence at least, and the head's own chunk of logits,
+            about 50 MiB at a vocabulary of 50 257.
 
     Source: Xu et al., arXiv 2410.21357, section 4.
     """
@@ -31,12 +33,16 @@ class ARResidualEnergy:
         causal_lm: CausalLM,
         carry_over: bool = False,
         *,
-        mask_token_id: int,
+        mask_token_id: int | None = None,
         max_bytes: int = 256 << 20,
         bytes_per_token: int | None = None,
     ) -> None:
         if not callable(getattr(causal_lm, "log_probs", None)):
             raise ValueError(f"causal_lm: expected log_probs(x0 [N, L]) -> [N, L] (edlm.protocols.CausalLM), got {causal_lm!r}")
+        if carry_over and mask_token_id is None:
+            raise ValueError(
+                "mask_token_id: expected the denoiser's mask with carry_over, which scores masked positions alone; got None"
+            )
         if max_bytes < 1:
             raise ValueError(f"max_bytes: expected a number >= 1, got {max_bytes}")
         if bytes_per_token is not None and bytes_per_token < 1:

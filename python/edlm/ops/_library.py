@@ -11,8 +11,12 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+
+# Raised together with csrc/module.cpp whenever the schema of a compiled op changes.
+ABI = 1
 
 _LIBRARY = torch.library.Library("edlm", "DEF")
 _OPS: list[str] = []
@@ -35,6 +39,15 @@ def _load() -> dict[str, Path]:
         if path is not None:
             torch.ops.load_library(path)
             loaded[device] = path
+    if loaded:
+        from edlm import _build
+
+        # An editable install reads Python from the tree and kernels from the last build: schemas of two versions must never meet.
+        if getattr(_build, "ABI", None) != ABI:
+            raise ImportError(
+                f"edlm: the compiled kernels are of another version (interface {getattr(_build, 'ABI', None)}, expected {ABI}); "
+                "build them again: pip install --no-build-isolation -e ."
+            )
     if "cpu" not in loaded:
         warnings.warn(
             "edlm: no compiled kernels were found; the pure-torch references run instead (correct, and much slower). "
@@ -52,7 +65,13 @@ def define_op(schema: str, reference: Callable, fake: Callable) -> Callable:
     """Define ``edlm::<schema>`` with its reference (any device without a kernel of its own) and its fake; return the op."""
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+
+    def run(*arguments: Any) -> Any:
+        # Inside an autocast region the reference's own products would be cast to bfloat16: nats over a sequence.
+        with torch._C._DisableAutocast():
+            return reference(*arguments)
+
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"edlm::{name}", fake, lib=_LIBRARY)
     _OPS.append(name)
     return getattr(torch.ops.edlm, name).default
@@ -116,11 +135,17 @@ def forbidden_ids(
                 f"{name}: forbidden: expected an id, a list of ids or an int64 tensor [F], got {forbidden.dtype} "
                 f"{list(forbidden.shape)}"
             )
+        if forbidden.device.type == "cpu" and forbidden.numel() and not torch.compiler.is_compiling():
+            low, high = (int(i) for i in forbidden.aminmax())
+            if low < 0 or high >= vocab_size:
+                raise ValueError(f"{name}: forbidden: expected ids in 0 .. {vocab_size - 1}, got {low if low < 0 else high}")
         return forbidden.to(device)
     ids = [forbidden] if isinstance(forbidden, int) else list(forbidden)
     for i in ids:
         if not 0 <= i < vocab_size:
             raise ValueError(f"{name}: forbidden: expected ids in 0 .. {vocab_size - 1}, got {i}")
+    if len(ids) == 1:
+        return torch.full((1,), ids[0], dtype=torch.int64, device=device)  # made on the device: nothing to wait for
     return torch.tensor(ids, dtype=torch.int64, device=device)
 
 

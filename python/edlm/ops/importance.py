@@ -48,7 +48,7 @@ def _leave_one_out(log_w: torch.Tensor) -> torch.Tensor:
 def _select_reference(
     energy: torch.Tensor, temperature: float, log_correction: torch.Tensor | None, seed: torch.Tensor, offset: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    e = energy.double()
+    e = energy.double().contiguous()  # the outputs follow its strides, and the fake says contiguous
     batch, k = e.shape
     bad = e.isnan() | (e == -math.inf)
     if temperature == 0:
@@ -60,7 +60,7 @@ def _select_reference(
         if log_correction is not None:
             log_w = log_w + log_correction.double()
             bad |= log_correction.isnan() | (log_correction == math.inf)
-        bad |= (log_w == -math.inf).all(-1, keepdim=True)
+        bad |= (log_w == math.inf) | (log_w == -math.inf).all(-1, keepdim=True)
     bad_row = bad.any(-1)
     invalid = torch.where(bad_row.any(), bad_row.long().argmax() if batch else 0, -1).reshape(1)
     log_w = torch.where(bad_row[:, None], 0.0, log_w)
@@ -140,7 +140,9 @@ def select_candidate(
         )
     batch = energy.shape[0]
     seeds, offsets = expand_seed(seed, batch, energy.device), expand_offset(name, offset, batch, energy.device)
-    *result, invalid = _select(energy, float(temperature), log_correction, seeds, offsets)
+    *result, invalid = _select(
+        energy.detach(), float(temperature), None if log_correction is None else log_correction.detach(), seeds, offsets
+    )
     check_invalid(
         name,
         invalid,
@@ -173,9 +175,9 @@ def _resample_reference(
     if name == "multinomial":
         return _pick(weight.cumsum(-1), u).sort(-1).values, invalid
     # Residual: floor(n w) copies for certain, the rest multinomial from what is left of the weights.
-    certain = (n * weight).floor()
+    certain = (n * weight + 1e-9).floor()  # n * (1 / n) may fall just short of 1
     number = certain.sum(-1, keepdim=True)
-    rest = n * weight - certain
+    rest = (n * weight - certain).clamp_min(0)
     drawn = _pick(torch.where(number == n, weight, rest).cumsum(-1), u)
     copies = _pick(certain.cumsum(-1), (particle + 0.5) / number.clamp_min(1))
     return torch.where(particle < number, copies, drawn).sort(-1).values, invalid
@@ -216,7 +218,7 @@ def resample(
         raise ValueError(f"{name}: scheme: expected one of {', '.join(SCHEMES)}, got {scheme!r}")
     batch = log_weights.shape[0]
     seeds, offsets = expand_seed(seed, batch, log_weights.device), expand_offset(name, offset, batch, log_weights.device)
-    ancestors, invalid = _resample(log_weights, SCHEMES.index(scheme), seeds, offsets)
+    ancestors, invalid = _resample(log_weights.detach(), SCHEMES.index(scheme), seeds, offsets)
     check_invalid(
         name,
         invalid,
@@ -265,7 +267,7 @@ def reverse_step(
     if xt.dim() != 2 or xt.dtype != torch.int64:
         raise ValueError(f"{name}: xt: expected an int64 tensor [B, L], got {xt.dtype} {list(xt.shape)}")
     batch, length = xt.shape
-    k = x0.shape[1] if x0.dim() == 3 else -1
+    k = max(x0.shape[1], 1) if x0.dim() == 3 else -1
     check_tensor(name, "x0", x0, torch.int64, (batch, k, length), xt.device)
     check_tensor(name, "index", index, torch.int64, (batch,), xt.device)
     if open_time.dtype not in (torch.float32, torch.float64):

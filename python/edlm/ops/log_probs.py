@@ -19,11 +19,12 @@ def _rows_per_chunk(columns: int) -> int:
     return max(1, _CHUNK_BYTES // (4 * columns))
 
 
-def _masked_lse(x: torch.Tensor, forbidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 logits with forbidden columns at -inf (a copy), and their log-sum-exp."""
+def _centred(x: torch.Tensor, forbidden: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """(x - max) / temperature in float32, a copy, with forbidden columns at -inf: a common shift of the logits costs no precision."""
+    x = x.float()
     if forbidden.numel():
         x = x.index_fill(-1, forbidden, -math.inf)
-    return x, x.logsumexp(-1)
+    return (x - x.amax(-1, keepdim=True)) / temperature
 
 
 # --- gather_log_probs -----------------------------------------------------------------------------------------------------------
@@ -32,7 +33,7 @@ def _masked_lse(x: torch.Tensor, forbidden: torch.Tensor) -> tuple[torch.Tensor,
 def _gather_reference(
     logits: torch.Tensor, tokens: torch.Tensor, temperature: float, forbidden: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[N, V], [N, K] -> log_probs [N, K], lse [N], invalid [1]: the first row with an id outside the vocabulary, or -1."""
+    """[N, V], [N, K] -> log_probs [N, K], lse [N] of the centred logits, invalid [1]: the first row with an id outside the vocabulary, or -1."""
     n, vocab_size = logits.shape
     out = torch.empty(tokens.shape, dtype=torch.float32, device=logits.device)
     lse = torch.empty(n, dtype=torch.float32, device=logits.device)
@@ -42,7 +43,8 @@ def _gather_reference(
     step = _rows_per_chunk(vocab_size)
     for i in range(0, n, step):
         rows = slice(i, i + step)
-        x, lse[rows] = _masked_lse(logits[rows].float() / temperature, forbidden)
+        x = _centred(logits[rows], forbidden, temperature)
+        lse[rows] = x.logsumexp(-1)
         out[rows] = (x.gather(-1, safe[rows]) - lse[rows, None]).clamp_max(0)
     return out, lse, invalid
 
@@ -71,9 +73,7 @@ def _gather_backward_reference(
     for i in range(0, logits.shape[0], step):
         rows = slice(i, i + step)
         g = grad[rows] / temperature
-        x = logits[rows].float() / temperature
-        if forbidden.numel():
-            x.index_fill_(-1, forbidden, -math.inf)
+        x = _centred(logits[rows], forbidden, temperature)
         dx = (x - lse[rows, None]).exp_().mul_(-g.sum(-1, keepdim=True))
         dx.scatter_add_(-1, tokens[rows], g)
         if forbidden.numel():
@@ -116,7 +116,7 @@ def gather_log_probs(
     temperature: float = 1.0,
     forbidden: int | list[int] | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """log softmax(logits / temperature) at the given tokens: log p = x_token / T - logsumexp(x / T), always <= 0.
+    """log softmax(logits / temperature) at the given tokens: log p = x_token / T - logsumexp(x / T) <= 0.
 
     Args:
         logits: float32, bfloat16 or float16 [..., V]. Differentiable (first order).
@@ -125,7 +125,7 @@ def gather_log_probs(
         forbidden: ids excluded from the softmax (an id, a list, or an int64 tensor [F]); their own log-probability is -inf.
 
     Returns:
-        float32, shaped like ``tokens``, in nats.
+        float32, shaped like ``tokens``, in nats; NaN in a row that holds NaN or +inf, or no finite logit.
 
     Raises:
         ValueError: wrong shapes, dtypes or devices; an id outside 0 .. V-1; a temperature that is not positive and finite.
@@ -155,11 +155,11 @@ def gather_log_probs(
 
 def _linear_logits(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, forbidden: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     x = hidden.float() @ weight.float().t()
     if bias is not None:
         x += bias.float()
-    return _masked_lse(x, forbidden)
+    return _centred(x, forbidden)
 
 
 def _linear_reference(
@@ -174,7 +174,8 @@ def _linear_reference(
     step = _rows_per_chunk(vocab_size)
     for i in range(0, n, step):
         rows = slice(i, i + step)
-        x, lse[rows] = _linear_logits(hidden[rows], weight, bias, forbidden)
+        x = _linear_logits(hidden[rows], weight, bias, forbidden)
+        lse[rows] = x.logsumexp(-1)
         out[rows] = (x.gather(-1, safe[rows, None]).squeeze(-1) - lse[rows]).clamp_max(0)
     return out, lse, invalid
 
@@ -204,7 +205,7 @@ def _linear_backward_reference(
     step = _rows_per_chunk(weight.shape[0])
     for i in range(0, hidden.shape[0], step):
         rows = slice(i, i + step)
-        x, _ = _linear_logits(hidden[rows], weight, bias, forbidden)
+        x = _linear_logits(hidden[rows], weight, bias, forbidden)
         dx = (x - lse[rows, None]).exp_().mul_(-grad[rows, None])
         dx.scatter_add_(-1, tokens[rows, None], grad[rows, None])
         if forbidden.numel():

@@ -52,12 +52,12 @@ def _sample_rows(
     no_support = (x == -math.inf).all(-1)
     code = torch.where(non_finite, _NON_FINITE, torch.where(no_support, _NO_SUPPORT, -1))
     x = torch.where((code >= 0)[:, None], 0.0, x)
-    model_lse = x.logsumexp(-1, keepdim=True)
+    centred = x - x.amax(-1, keepdim=True)
     if temperature == 0:  # greedy; argmax returns the lowest of equal ids
         tokens = x.argmax(-1, keepdim=True).expand(n, num_samples)
         log_probs = torch.zeros(n, num_samples, dtype=torch.float64, device=x.device)
     else:
-        y = (x - x.amax(-1, keepdim=True)) / temperature
+        y = centred / temperature
         p = torch.nn.functional.pad(y.exp(), (0, -vocab_size % TILE)).view(n, -1, TILE)
         tiles = p.sum(-1).cumsum(-1)  # [n, tiles]
         candidate = torch.arange(num_samples, device=x.device)
@@ -71,7 +71,7 @@ def _sample_rows(
         tokens = tile * TILE + torch.minimum(column, last).squeeze(-1)
         tokens = tokens.clamp_max(vocab_size - 1)
         log_probs = (y.gather(-1, tokens) - y.logsumexp(-1, keepdim=True)).clamp_max(0)
-    model_log_probs = (x.gather(-1, tokens) - model_lse).clamp_max(0)
+    model_log_probs = (centred.gather(-1, tokens) - centred.logsumexp(-1, keepdim=True)).clamp_max(0)
     return tokens, log_probs.float(), model_log_probs.float(), code
 
 
@@ -97,7 +97,7 @@ def _sample_candidates_reference(
     out_of_range = ((xt < 0) | (xt >= vocab_size)).flatten()
     invalid = torch.where(out_of_range, 4 * row_index + _OUT_OF_RANGE, _NOTHING).min() if row_index.numel() else None
     drawn = xt == mask_token_id if active is None else (xt == mask_token_id) & active
-    mask = torch.tensor([mask_token_id], device=logits.device)
+    mask = torch.full((1,), mask_token_id, device=logits.device)
     for rows in _chunks(drawn.flatten().nonzero().squeeze(1), max(vocab_size, TILE * num_candidates)):
         b, i = rows // length, rows % length
         drawn_tokens, lp, model_lp, code = _sample_rows(
@@ -224,7 +224,7 @@ def _check_proposal(
         raise ValueError(f"{name}: {count_name}: expected an integer >= 1, got {count!r}")
     if not (temperature >= 0 and math.isfinite(temperature)):
         raise ValueError(f"{name}: temperature: expected a finite number >= 0 (0 is greedy), got {temperature}")
-    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
         raise ValueError(f"{name}: top_k: expected an integer >= 1 or None, got {top_k!r}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"{name}: top_p: expected a number in (0, 1] or None, got {top_p}")
@@ -300,7 +300,7 @@ def sample_candidates(
     _check_proposal(name, "num_candidates", num_candidates, temperature, top_k, top_p, min_p)
     seeds = expand_seed(seed, batch, logits.device).contiguous()
     offsets = expand_offset(name, offset, batch, logits.device)
-    logits, xt = _unit_stride(logits), xt.contiguous()
+    logits, xt = _unit_stride(logits.detach()), xt.contiguous()
 
     # Greedy draws the most probable token, which no filter removes.
     filtered = temperature > 0 and (top_k is not None or top_p is not None or min_p is not None)
@@ -372,7 +372,7 @@ def sample_categorical(
         positions = position.contiguous()
     else:
         positions = torch.full((n,), position, dtype=torch.int64, device=logits.device)
-    logits = _unit_stride(logits)
+    logits = _unit_stride(logits.detach())
 
     filtered = temperature > 0 and (top_k is not None or top_p is not None or min_p is not None)
     proposal = logits

@@ -49,7 +49,7 @@ class _Stages:
     def __call__(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         nvtx = torch.cuda.nvtx.range(name) if self.cuda else contextlib.nullcontext()
-        with torch.profiler.record_function(f"edlm.{name}"), nvtx:
+        with torch.profiler.record_function(name), nvtx:
             yield
         self.seconds[name] += time.perf_counter() - start
 
@@ -136,17 +136,16 @@ def generate(
     open_time = diffusion.opening_times(seeds, batch, size)
     masked = (xt == mask).cpu()
     if sampler == "ancestral":
-        plan = list(ancestral(open_time, masked, steps, window))
+        plan, longest = ancestral(open_time, masked, steps, window), steps
     else:
-        plan = list(first_hitting(open_time, masked, window))
+        plan, longest = first_hitting(open_time, masked, window), int(masked.sum(1).max())
 
     stages, energy_nfe = _Stages(device), 0
-    step_times = torch.full((len(plan), batch), torch.nan, dtype=torch.float64)
-    ess, log_z = (torch.full((len(plan), batch), torch.nan, device=device) for _ in range(2))
+    step_times, ess, log_z = [], [], []
     history = [xt] if return_history else None
     # no_grad rather than inference_mode: what comes out may be trained on.
     with torch.no_grad(), _evaluating(denoiser, energy):
-        for n, step in enumerate(tqdm(plan, desc="decode", disable=not progress)):
+        for step in tqdm(plan, desc="decode", total=longest, disable=not progress):
             live = step.live.to(device, non_blocking=True)
             x, t = xt[live], step.t.to(device, torch.float32, non_blocking=True)
             seed_live = seeds[step.live].to(device, non_blocking=True)
@@ -160,6 +159,9 @@ def generate(
             with stages("propose"):
                 candidates = propose(denoiser, output, x, active, k, seed=seed_live, offset=step.offset, **proposal)
             index = torch.zeros(len(live), dtype=torch.int64, device=device)
+            step_times.append(torch.full((batch,), torch.nan, dtype=torch.float64).index_copy_(0, step.live, step.t))
+            for used in (ess, log_z):
+                used.append(torch.full((batch,), torch.nan, device=device))
             if k > 1:
                 rows = scored.nonzero().squeeze(1).to(device, non_blocking=True)
                 x0, log_p, log_q = (c[rows] for c in (candidates.tokens, candidates.model_log_probs, candidates.log_probs))
@@ -176,20 +178,21 @@ def generate(
                         offset=step.offset,
                     )
                 index[rows] = selection.index
-                ess[n, live[rows]], log_z[n, live[rows]] = selection.ess, selection.log_Z
+                ess[-1][live[rows]], log_z[-1][live[rows]] = selection.ess, selection.log_Z
             with stages("reverse"):
                 opens_at = open_time[step.live].to(device, non_blocking=True)
-                xt = xt.index_copy(0, live, reverse_step(x, candidates.tokens, index, opens_at, step.s.to(device)))
-            step_times[n, step.live] = step.t
+                xt = xt.index_copy(
+                    0, live, reverse_step(x, candidates.tokens, index, opens_at, step.s.to(device, non_blocking=True))
+                )
             if history is not None:
                 history.append(xt)
     return SampleOutput(
         tokens=xt,
-        nfe=len(plan),
+        nfe=len(step_times),
         energy_nfe=energy_nfe,
-        ess=ess,
-        log_Z=log_z,
-        step_times=step_times,
+        ess=torch.stack(ess),
+        log_Z=torch.stack(log_z),
+        step_times=torch.stack(step_times),
         history=None if history is None else torch.stack(history),
         stage_seconds=stages.seconds,
     )

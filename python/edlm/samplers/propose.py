@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..ops import Candidates, sample_candidates, sample_categorical
-from ..protocols import Denoiser
+from ..protocols import Denoiser, offers_head
 
 # Rows go through the head in chunks whose float32 logits stay below this.
 _HEAD_BYTES = 256 << 20
@@ -13,7 +13,7 @@ _HEAD_BYTES = 256 << 20
 
 def denoise(denoiser: Denoiser, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """The network, once: hidden [B, L, D] where it offers ``hidden`` and ``head``, logits [B, L, V] otherwise."""
-    if hasattr(denoiser, "hidden") and hasattr(denoiser, "head"):
+    if offers_head(denoiser):
         return denoiser.hidden(xt, t)
     logits = denoiser(xt, t)
     expected = (*xt.shape, denoiser.vocab_size)
@@ -39,7 +39,7 @@ def propose(
     Both routes give the same draws: a row's counter knows its sequence and position, not where its logits lie.
     """
     mask = denoiser.mask_token_id
-    if not (hasattr(denoiser, "hidden") and hasattr(denoiser, "head")):
+    if not offers_head(denoiser):
         active = active.to(xt.device, non_blocking=True)
         return sample_candidates(output, xt, mask, num_candidates, active=active, seed=seed, offset=offset, **proposal)
 

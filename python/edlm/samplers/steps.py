@@ -42,8 +42,9 @@ def ancestral(open_time: torch.Tensor, masked: torch.Tensor, steps: int, window:
     """The grid t_i = 1 - i/T for i = 0 .. T; its last s is 0, where whatever is still masked opens. float64 [B, L], bool [B, L]."""
     batch = masked.shape[0]
     for i in range(steps):
-        t = torch.full((batch,), 1 - i / steps, dtype=torch.float64)
-        s = torch.full((batch,), 1 - (i + 1) / steps if i + 1 < steps else 0.0, dtype=torch.float64)
+        # (T - i) / T is the nearest float64, so that an edge such as 0.3 of a window compares as it reads; 1 - i / T is not.
+        t = torch.full((batch,), (steps - i) / steps, dtype=torch.float64)
+        s = torch.full((batch,), (steps - i - 1) / steps, dtype=torch.float64)
         step, masked = _step(i, open_time, masked, t, s, window)
         if step.live.numel():
             yield step

@@ -38,7 +38,7 @@ def _step_of(line: str) -> float:
 
 
 class Progress:
-    """The bar: loss and bits per character of the batch, the last validation, tokens a second; tqdm adds the time that is left."""
+    """The bar: the batch's loss in bits per character, the last validation, tokens a second; tqdm adds the time that is left."""
 
     def __init__(self, name: str, first: int, steps: int, tokens_per_step: int, *, show: bool) -> None:
         self.bar = tqdm(total=steps, initial=first, desc=name, unit="step", disable=not show, dynamic_ncols=True)

@@ -79,7 +79,7 @@ def train(
         if (out / "model").exists():
             return _finished(out / "model", config.model.kind)
 
-        tokenizer = CharTokenizer()
+        tokenizer = {"text8": CharTokenizer}[config.data.tokenizer]()
         text = read_text(config.data.text)
         dataset, held_out = _data(text, tokenizer, out / "tokens", config)
         held_out = held_out.to(device)
