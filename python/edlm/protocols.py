@@ -30,7 +30,7 @@ class Denoiser(Protocol):
 
 
 def offers_head(denoiser: Denoiser) -> bool:
-    """Whether the denoiser comes in two halves, ``hidden`` and ``head``. An attribute of that name that is no function does not count."""
+    """Whether the denoiser comes in two halves, ``hidden`` and ``head``. Other attributes of these names do not count."""
     return callable(getattr(denoiser, "hidden", None)) and callable(getattr(denoiser, "head", None))
 
 

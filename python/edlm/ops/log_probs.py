@@ -20,7 +20,7 @@ def _rows_per_chunk(columns: int) -> int:
 
 
 def _centred(x: torch.Tensor, forbidden: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """(x - max) / temperature in float32, a copy, with forbidden columns at -inf: a common shift of the logits costs no precision."""
+    """(x - max) / temperature in float32, a copy, with forbidden columns at -inf: a shift costs no precision."""
     x = x.float()
     if forbidden.numel():
         x = x.index_fill(-1, forbidden, -math.inf)
@@ -33,7 +33,7 @@ def _centred(x: torch.Tensor, forbidden: torch.Tensor, temperature: float = 1.0)
 def _gather_reference(
     logits: torch.Tensor, tokens: torch.Tensor, temperature: float, forbidden: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[N, V], [N, K] -> log_probs [N, K], lse [N] of the centred logits, invalid [1]: the first row with an id outside the vocabulary, or -1."""
+    """(x - max) / temperature in float32, a copy, forbidden columns at -inf: a shift common to a row costs no precision."""
     n, vocab_size = logits.shape
     out = torch.empty(tokens.shape, dtype=torch.float32, device=logits.device)
     lse = torch.empty(n, dtype=torch.float32, device=logits.device)
