@@ -264,6 +264,15 @@ def test_bad_construction():
             ARResidualEnergy(Fixed(None), mask_token_id=9, **{name: value})
 
 
+def test_the_mask_is_needed_where_masked_positions_alone_are_scored():
+    """Without carry-over every position is, and its id changes nothing."""
+    scores = -torch.rand(6, 4)
+    plain = [ARResidualEnergy(Fixed(scores), mask_token_id=mask)(**arguments()) for mask in (None, 0, 9)]
+    assert torch.equal(plain[0], plain[1]) and torch.equal(plain[0], plain[2])
+    with pytest.raises(ValueError, match=r"mask_token_id: expected the denoiser's mask with carry_over, .*; got None"):
+        ARResidualEnergy(Fixed(scores), True)
+
+
 def test_nothing_to_score():
     model = ARResidualEnergy(Fixed(torch.zeros(0, 4)), mask_token_id=9)
     out = model(

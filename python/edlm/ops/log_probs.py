@@ -33,7 +33,7 @@ def _centred(x: torch.Tensor, forbidden: torch.Tensor, temperature: float = 1.0)
 def _gather_reference(
     logits: torch.Tensor, tokens: torch.Tensor, temperature: float, forbidden: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(x - max) / temperature in float32, a copy, forbidden columns at -inf: a shift common to a row costs no precision."""
+    """[N, V], [N, K] -> log_probs [N, K], lse [N] of the centred logits, invalid [1]: the first row with a bad id, or -1."""
     n, vocab_size = logits.shape
     out = torch.empty(tokens.shape, dtype=torch.float32, device=logits.device)
     lse = torch.empty(n, dtype=torch.float32, device=logits.device)
