@@ -85,6 +85,8 @@ def test_shift_invariance_and_large_energies(device):
     got, shifted = (select_candidate((ENERGY + c).to(device), seed=4) for c in (0.0, 1024.0))
     assert torch.equal(got.index, shifted.index)
     torch.testing.assert_close(got.log_weights, shifted.log_weights, atol=2e-4, rtol=1e-4)
+    equal = select_candidate(torch.full((1, 2), 1e17, dtype=torch.float64, device=device), seed=0)
+    assert equal.ess.item() == 2
     huge = select_candidate(torch.tensor([[1e5, 1e5 + 1, 1e30]], device=device), seed=0)
     assert huge.log_weights.isfinite()[:, :2].all() and huge.ess.isfinite().all()
 

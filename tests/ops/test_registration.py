@@ -84,6 +84,21 @@ def test_compile_fullgraph(backend):
         compiled(bad, *arguments[1:])
 
 
+def test_compile_with_a_temperature_that_varies():
+    """A second value makes it symbolic: the checks must trace."""
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def draw(logits, xt, temperature):
+        tokens = ops.sample_candidates(logits, xt, 8, 2, temperature=temperature, seed=1).tokens
+        return tokens, ops.gather_log_probs(logits, tokens.transpose(1, 2), temperature=temperature)
+
+    for temperature in (0.5, 0.7, 0.9):
+        tokens, scores = draw(LOGITS, XT, temperature)
+        want = ops.sample_candidates(LOGITS, XT, 8, 2, temperature=temperature, seed=1).tokens
+        assert torch.equal(tokens, want)
+        torch.testing.assert_close(scores, ops.gather_log_probs(LOGITS, want.transpose(1, 2), temperature=temperature))
+
+
 def test_inference_mode():
     arguments = LOGITS, XT, torch.randn(12, 4), torch.randn(9, 4)
     with torch.inference_mode():

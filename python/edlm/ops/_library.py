@@ -139,7 +139,7 @@ def forbidden_ids(
             low, high = (int(i) for i in forbidden.aminmax())
             if low < 0 or high >= vocab_size:
                 raise ValueError(f"{name}: forbidden: expected ids in 0 .. {vocab_size - 1}, got {low if low < 0 else high}")
-        return forbidden.to(device)
+        return forbidden.to(device).contiguous()
     ids = [forbidden] if isinstance(forbidden, int) else list(forbidden)
     for i in ids:
         if not 0 <= i < vocab_size:

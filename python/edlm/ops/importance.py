@@ -60,12 +60,12 @@ def _select_reference(
         if log_correction is not None:
             log_w = log_w + log_correction.double()
             bad |= log_correction.isnan() | (log_correction == math.inf)
-        bad |= (log_w == math.inf) | (log_w == -math.inf).all(-1, keepdim=True)
+        bad |= log_w.isnan() | (log_w == math.inf) | (log_w == -math.inf).all(-1, keepdim=True)
     bad_row = bad.any(-1)
     invalid = torch.where(bad_row.any(), bad_row.long().argmax() if batch else 0, -1).reshape(1)
     log_w = torch.where(bad_row[:, None], 0.0, log_w)
     lse = log_w.logsumexp(-1, keepdim=True)
-    log_weights = log_w - lse
+    log_weights = log_w.log_softmax(-1)  # from the differences: a common shift, however large, changes nothing
     u, _ = philox_uniform(seed, offset=offset.expand(batch), purpose=Purpose.SELECT)
     index = _pick(log_weights.exp().cumsum(-1), u[:, None]).squeeze(1)
     ess = torch.exp(-(2 * log_weights).logsumexp(-1)).clamp(1, k)

@@ -138,7 +138,7 @@ def gather_log_probs(
     single = tokens.dim() == len(lead)
     shape = lead if single else (*lead, tokens.shape[-1] if tokens.dim() == len(lead) + 1 else -1)
     check_tensor(name, "tokens", tokens, torch.int64, shape, logits.device)
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"{name}: temperature: expected a positive, finite number, got {temperature}")
     vocab_size = logits.shape[-1]
     ids = forbidden_ids(name, forbidden, vocab_size, logits.device)

@@ -222,7 +222,7 @@ def _check_proposal(
 ) -> None:
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"{name}: {count_name}: expected an integer >= 1, got {count!r}")
-    if not (temperature >= 0 and math.isfinite(temperature)):
+    if not 0 <= temperature < math.inf:  # not math.isfinite: torch.compile traces a temperature that varies
         raise ValueError(f"{name}: temperature: expected a finite number >= 0 (0 is greedy), got {temperature}")
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
         raise ValueError(f"{name}: top_k: expected an integer >= 1 or None, got {top_k!r}")
@@ -295,7 +295,7 @@ def sample_candidates(
     if active is not None:
         check_tensor(name, "active", active, torch.bool, (batch, length), logits.device)
         active = active.contiguous()
-    if not 0 <= mask_token_id < vocab_size:
+    if isinstance(mask_token_id, bool) or not isinstance(mask_token_id, int) or not 0 <= mask_token_id < vocab_size:
         raise ValueError(f"{name}: mask_token_id: expected an id in 0 .. {vocab_size - 1}, got {mask_token_id}")
     _check_proposal(name, "num_candidates", num_candidates, temperature, top_k, top_p, min_p)
     seeds = expand_seed(seed, batch, logits.device).contiguous()

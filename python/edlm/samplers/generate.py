@@ -24,7 +24,7 @@ from .steps import ancestral, first_hitting
 SAMPLERS = ("ancestral", "first_hitting")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SampleOutput:
     """What was generated, and what it took. S is the number of steps at which something opened; NaN where a sequence had no part."""
 
@@ -136,7 +136,7 @@ def generate(
     open_time = diffusion.opening_times(seeds, batch, size)
     masked = (xt == mask).cpu()
     if sampler == "ancestral":
-        plan, longest = ancestral(open_time, masked, steps, window), steps
+        plan, longest = ancestral(open_time, masked, steps, window), min(steps, int(masked.sum()))
     else:
         plan, longest = first_hitting(open_time, masked, window), int(masked.sum(1).max())
 
@@ -215,7 +215,10 @@ def _check_denoiser(denoiser: Denoiser) -> tuple[int, int]:
 
 def _device(denoiser: Denoiser, prompt: torch.Tensor | None, device: torch.device | str | None) -> torch.device:
     if device is not None:
-        return torch.device(device)
+        try:
+            return torch.device(device)
+        except (RuntimeError, TypeError):
+            raise ValueError(f"device: expected a torch device such as 'cpu' or 'cuda:0', got {device!r}") from None
     if isinstance(prompt, torch.Tensor):
         return prompt.device
     parameter = next(denoiser.parameters(), None) if isinstance(denoiser, torch.nn.Module) else None
@@ -255,6 +258,8 @@ def _check_decoding(
         raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
     if sampler == "ancestral" and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise ValueError(f"steps: expected an int >= 1 for the ancestral sampler, got {steps!r}")
+    if sampler == "ancestral" and steps > 2**32:
+        raise ValueError(f"steps: expected at most 2**32, where the step's word of the RNG counter ends, got {steps}")
     if sampler == "first_hitting" and steps is not None:
         raise ValueError(
             f"steps: the first-hitting sampler opens one position at a time and has no grid: expected None, got {steps!r}"

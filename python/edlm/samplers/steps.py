@@ -41,7 +41,9 @@ def _step(
 def ancestral(open_time: torch.Tensor, masked: torch.Tensor, steps: int, window: tuple[float, float]) -> Iterator[Step]:
     """The grid t_i = 1 - i/T for i = 0 .. T; its last s is 0, where whatever is still masked opens. float64 [B, L], bool [B, L]."""
     batch = masked.shape[0]
-    for i in range(steps):
+    # Only steps at which something may open: the one that each opening time falls in, and its neighbours against rounding.
+    near = steps - 1 - (open_time[masked] * steps).floor().long()
+    for i in torch.cat([near - 1, near, near + 1]).clamp(0, steps - 1).unique().tolist():
         # (T - i) / T is the nearest float64, so that an edge such as 0.3 of a window compares as it reads; 1 - i / T is not.
         t = torch.full((batch,), (steps - i) / steps, dtype=torch.float64)
         s = torch.full((batch,), (steps - i - 1) / steps, dtype=torch.float64)
