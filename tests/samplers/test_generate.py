@@ -12,9 +12,7 @@ import torch
 from edlm.samplers import generate
 from exact import (
     TabularCausalLM,
-    TabularDenoiser,
     TabularEnergy,
-    Universe,
     g_test,
     generate_law,
     pick_law,
@@ -23,21 +21,6 @@ from exact import (
 )
 
 N = 40_000
-
-
-@pytest.fixture(scope="module")
-def universe():
-    return Universe()
-
-
-@pytest.fixture(scope="module")
-def denoiser(universe):
-    return TabularDenoiser(universe)
-
-
-@pytest.fixture(scope="module")
-def energy(universe):
-    return TabularEnergy(universe, residual_energy(universe))
 
 
 def grid(steps):

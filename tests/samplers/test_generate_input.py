@@ -7,23 +7,6 @@ import math
 import pytest
 import torch
 from edlm.samplers import generate
-from exact import TabularDenoiser, TabularEnergy, Universe, residual_energy
-
-
-@pytest.fixture(scope="module")
-def universe():
-    return Universe()
-
-
-@pytest.fixture(scope="module")
-def denoiser(universe):
-    return TabularDenoiser(universe)
-
-
-@pytest.fixture(scope="module")
-def energy(universe):
-    return TabularEnergy(universe, residual_energy(universe))
-
 
 # --- errors ----------------------------------------------------------------------------------------------------------------------
 

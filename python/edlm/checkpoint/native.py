@@ -4,7 +4,7 @@ It is written under a temporary name beside its place, flushed to the disk, and 
 one, whole, also while a writer is at work and after a kill at any moment. Reading verifies everything before a tensor is handed out,
 and changes nothing on the disk. Nothing is ever unpickled.
 
-``.NAME.XXXXXXXX.partial`` is being written or removed; ``.NAME.previous`` was NAME, and is whole: it is NAME where that is missing.
+``.NAME.<hex>.partial`` is being written or removed; ``.NAME.previous`` was NAME, and is whole: it is NAME where that is missing.
 """
 
 from __future__ import annotations
