@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <atomic>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -13,42 +12,17 @@
 
 #include "check.h"
 #include "cpu/isa.h"
+#include "cpu/report.h"
 
 namespace edlm {
 
-namespace baseline {
-extern const SampleKernels kSampleKernels;
-}
-#if defined(EDLM_HAVE_X86_ISA)
-namespace x86_64_v3 {
-extern const SampleKernels kSampleKernels;
-}
-namespace x86_64_v4 {
-extern const SampleKernels kSampleKernels;
-}
-#endif
-
-const SampleKernels& sample_kernels() {
-#if defined(EDLM_HAVE_X86_ISA)
-  if (isa_level() == 2) return x86_64_v4::kSampleKernels;
-  if (isa_level() == 1) return x86_64_v3::kSampleKernels;
-#endif
-  return baseline::kSampleKernels;
-}
+EDLM_KERNEL_TABLE(SampleKernels, kSampleKernels, sample_kernels)
 
 namespace {
 
-constexpr int64_t kNothing = std::numeric_limits<int64_t>::max();
-
-void keep_smallest(std::atomic<int64_t>& worst, int64_t code) {
-  int64_t seen = worst.load(std::memory_order_relaxed);
-  while (code < seen && !worst.compare_exchange_weak(seen, code, std::memory_order_relaxed)) {
-  }
-}
-
 // Draws every listed row. Many rows: a thread takes whole rows, and its tiles stay in its cache. Few: threads share the tiles of
 // all rows, then draw. The bits are the same.
-void sample_rows(const SampleArgs& args, const std::vector<int64_t>& rows, std::atomic<int64_t>& worst) {
+void sample_rows(const SampleArgs& args, const std::vector<int64_t>& rows, Report& report) {
   const SampleKernels& kernels = sample_kernels();
   const int64_t n = static_cast<int64_t>(rows.size()), tiles = num_tiles(args);
   const int64_t threads = torch::stable::get_num_threads();
@@ -60,7 +34,7 @@ void sample_rows(const SampleArgs& args, const std::vector<int64_t>& rows, std::
       for (int64_t i = begin; i < end; ++i) {
         kernels.tile_masses(args, rows[i], 0, tiles, mass.data());
         const int64_t code = kernels.draw(args, rows[i], mass.data(), scratch.data());
-        if (code >= 0) keep_smallest(worst, 4 * rows[i] + code);
+        if (code >= 0) report.add(4 * rows[i] + code);
       }
     });
     return;
@@ -77,7 +51,7 @@ void sample_rows(const SampleArgs& args, const std::vector<int64_t>& rows, std::
     std::vector<double> scratch(draw_scratch_doubles(args));
     for (int64_t i = begin; i < end; ++i) {
       const int64_t code = kernels.draw(args, rows[i], mass.data() + i * tiles, scratch.data());
-      if (code >= 0) keep_smallest(worst, 4 * rows[i] + code);
+      if (code >= 0) report.add(4 * rows[i] + code);
     }
   });
 }
@@ -123,9 +97,8 @@ SampleArgs arguments(const Tensor& logits, const Tensor& seed, const Tensor& off
   return args;
 }
 
-Result finish(Outputs out, const std::atomic<int64_t>& worst) {
-  const int64_t code = worst.load();
-  *static_cast<int64_t*>(out.invalid.mutable_data_ptr()) = code == kNothing ? -1 : code;
+Result finish(Outputs out, const Report& report) {
+  *static_cast<int64_t*>(out.invalid.mutable_data_ptr()) = report.code();
   return {out.tokens, out.log_probs, out.model_log_probs, out.invalid};
 }
 
@@ -160,7 +133,7 @@ Result sample_candidates(Tensor logits, Tensor xt, int64_t mask_token_id, int64_
   // Clean and inactive positions carry over; the rest are listed, so that cost follows the rows that are drawn.
   const auto* token = static_cast<const int64_t*>(xt.const_data_ptr());
   const bool* is_active = active ? static_cast<const bool*>(active->const_data_ptr()) : nullptr;
-  std::atomic<int64_t> worst{kNothing};
+  Report report;
   std::vector<int64_t> rows;
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t l = 0; l < length; ++l) {
@@ -169,7 +142,7 @@ Result sample_candidates(Tensor logits, Tensor xt, int64_t mask_token_id, int64_
         rows.push_back(row);
         continue;
       }
-      if (token[row] < 0 || token[row] >= args.vocab) keep_smallest(worst, 4 * row + kOutOfRange);
+      if (token[row] < 0 || token[row] >= args.vocab) report.add(4 * row + kOutOfRange);
       for (int64_t k = 0; k < num_candidates; ++k) {
         const int64_t at = (b * num_candidates + k) * length + l;
         args.tokens[at] = token[row];
@@ -178,8 +151,8 @@ Result sample_candidates(Tensor logits, Tensor xt, int64_t mask_token_id, int64_
       }
     }
   }
-  sample_rows(args, rows, worst);
-  return finish(out, worst);
+  sample_rows(args, rows, report);
+  return finish(out, report);
 }
 
 Result sample_categorical(Tensor logits, int64_t num_samples, Tensor position, double temperature, Tensor forbidden, Tensor seed,
@@ -204,9 +177,9 @@ Result sample_categorical(Tensor logits, int64_t num_samples, Tensor position, d
 
   std::vector<int64_t> rows(n);
   for (int64_t i = 0; i < n; ++i) rows[i] = i;
-  std::atomic<int64_t> worst{kNothing};
-  sample_rows(args, rows, worst);
-  return finish(out, worst);
+  Report report;
+  sample_rows(args, rows, report);
+  return finish(out, report);
 }
 
 }  // namespace

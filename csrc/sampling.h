@@ -61,7 +61,4 @@ struct SampleKernels {
   int64_t (*draw)(const SampleArgs&, int64_t row, const TileMass* tiles, double* scratch);
 };
 
-// The widest that this processor runs, or the one that EDLM_CPU_ISA names (for tests).
-const SampleKernels& sample_kernels();
-
 }  // namespace edlm

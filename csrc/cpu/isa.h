@@ -43,3 +43,28 @@ inline int isa_level() {
 }
 
 }  // namespace edlm
+
+// EDLM_KERNEL_TABLE(SampleKernels, kSampleKernels, sample_kernels): csrc/cpu/<family>.cpp defines kSampleKernels in the namespace of
+// each instruction set; sample_kernels() is the one that this processor runs. For use inside namespace edlm.
+#if defined(EDLM_HAVE_X86_ISA)
+#define EDLM_KERNEL_TABLE(Type, kTable, function)                                         \
+  namespace baseline {                                                                    \
+  extern const Type kTable;                                                               \
+  }                                                                                       \
+  namespace x86_64_v3 {                                                                   \
+  extern const Type kTable;                                                               \
+  }                                                                                       \
+  namespace x86_64_v4 {                                                                   \
+  extern const Type kTable;                                                               \
+  }                                                                                       \
+  static inline const Type& function() {                                                  \
+    const int level = isa_level();                                                        \
+    return level == 2 ? x86_64_v4::kTable : level == 1 ? x86_64_v3::kTable : baseline::kTable; \
+  }
+#else
+#define EDLM_KERNEL_TABLE(Type, kTable, function) \
+  namespace baseline {                            \
+  extern const Type kTable;                       \
+  }                                               \
+  static inline const Type& function() { return baseline::kTable; }
+#endif
