@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "tiles.h"
+
 namespace edlm {
 
 using torch::headeronly::ScalarType;
@@ -38,6 +40,18 @@ inline void check(const char* op, const char* name, const Tensor& tensor, Scalar
   if (!same)
     fail(op, ": ", name, ": expected a contiguous tensor of scalar type ", static_cast<int>(dtype), " and shape [", expected,
          "], got scalar type ", static_cast<int>(tensor.scalar_type()), " and shape ", shape_of(tensor));
+}
+
+// The dtype of logits with unit stride in V; anything else is an error.
+inline DType check_logits(const char* op, const Tensor& logits) {
+  const int64_t last = logits.dim() - 1;
+  if (logits.size(last) < 1 || (logits.size(last) > 1 && logits.stride(last) != 1))
+    fail(op, ": logits: expected at least one column and unit stride in the last axis, got shape ", shape_of(logits), " and stride ",
+         logits.stride(last));
+  if (logits.scalar_type() == ScalarType::Float) return DType::kFloat32;
+  if (logits.scalar_type() == ScalarType::BFloat16) return DType::kBFloat16;
+  if (logits.scalar_type() == ScalarType::Half) return DType::kFloat16;
+  fail(op, ": logits: expected float32, bfloat16 or float16, got scalar type ", static_cast<int>(logits.scalar_type()));
 }
 
 }  // namespace edlm

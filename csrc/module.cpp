@@ -10,7 +10,7 @@ namespace py = pybind11;
 PYBIND11_MODULE(_build, m) {
   m.doc() = "How edlm was built, and the host side of its random numbers.";
 
-  m.attr("ABI") = 1;  // python/edlm/ops/_library.py expects the same
+  m.attr("ABI") = 2;  // python/edlm/ops/_library.py expects the same
 
   m.def(
       "info",

@@ -24,7 +24,7 @@ namespace {
 // all rows, then draw. The bits are the same.
 void sample_rows(const SampleArgs& args, const std::vector<int64_t>& rows, Report& report) {
   const SampleKernels& kernels = sample_kernels();
-  const int64_t n = static_cast<int64_t>(rows.size()), tiles = num_tiles(args);
+  const int64_t n = static_cast<int64_t>(rows.size()), tiles = num_tiles(args.vocab);
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t grain = std::max<int64_t>(1, 16384 / args.vocab);  // small rows travel together
   if (n >= 4 * threads || tiles < 8) {
@@ -56,45 +56,54 @@ void sample_rows(const SampleArgs& args, const std::vector<int64_t>& rows, Repor
   });
 }
 
-DType dtype_of(const char* op, const Tensor& logits) {
-  if (logits.scalar_type() == ScalarType::Float) return DType::kFloat32;
-  if (logits.scalar_type() == ScalarType::BFloat16) return DType::kBFloat16;
-  fail(op, ": logits: expected float32 or bfloat16, got scalar type ", static_cast<int>(logits.scalar_type()));
-}
-
-void check_unit_stride(const char* op, const Tensor& logits) {
-  const int64_t last = logits.dim() - 1;
-  if (logits.size(last) < 1 || (logits.size(last) > 1 && logits.stride(last) != 1))
-    fail(op, ": logits: expected at least one column and unit stride in the last axis, got shape ", shape_of(logits), " and stride ",
-         logits.stride(last));
-}
-
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 struct Outputs {
   Tensor tokens, log_probs, model_log_probs, invalid;
 };
 
-Outputs allocate(const Tensor& like, std::vector<int64_t> shape, double temperature) {
-  const std::vector<int64_t> model = temperature == 1.0 ? std::vector<int64_t>{0} : shape;
-  return {torch::stable::new_empty(like, shape, ScalarType::Long), torch::stable::new_empty(like, shape, ScalarType::Float),
-          torch::stable::new_empty(like, model, ScalarType::Float), torch::stable::new_empty(like, {1}, ScalarType::Long)};
-}
+// How the draws are made: what both ops take beside their logits.
+struct Proposal {
+  int64_t num_samples;
+  double temperature;
+  int64_t top_k;
+  double top_p, min_p;
+};
 
-SampleArgs arguments(const Tensor& logits, const Tensor& seed, const Tensor& offset, int64_t num_samples, double temperature,
-                     Outputs& out) {
+SampleArgs arguments(const char* op, const Tensor& logits, const Proposal& how, const Tensor& seed, const Tensor& offset, int64_t n) {
+  if (how.num_samples < 1) fail(op, ": expected at least one draw a row, got ", how.num_samples);
+  if (!(how.temperature >= 0 && how.temperature <= std::numeric_limits<double>::max()))
+    fail(op, ": temperature: expected a finite number >= 0, got ", how.temperature);
+  if (how.top_k < 0) fail(op, ": top_k: expected 0 (all) or more, got ", how.top_k);
+  if (!(how.top_p > 0 && how.top_p <= 1)) fail(op, ": top_p: expected a number in (0, 1], got ", how.top_p);
+  if (!(how.min_p >= 0 && how.min_p <= 1)) fail(op, ": min_p: expected a number in [0, 1], got ", how.min_p);
+  check(op, "seed", seed, ScalarType::Long, {n});
+  check(op, "offset", offset, ScalarType::Long, {offset.numel() == 1 ? 1 : n});
   SampleArgs args{};
+  args.dtype = check_logits(op, logits);
   args.logits = logits.const_data_ptr();
   args.vocab = logits.size(logits.dim() - 1);
   args.seed = static_cast<const int64_t*>(seed.const_data_ptr());
   args.offset = static_cast<const int64_t*>(offset.const_data_ptr());
   args.offset_stride = offset.numel() == 1 ? 0 : 1;
-  args.num_samples = num_samples;
-  args.temperature = temperature;
-  args.tokens = static_cast<int64_t*>(out.tokens.mutable_data_ptr());
-  args.log_probs = static_cast<float*>(out.log_probs.mutable_data_ptr());
-  args.model_log_probs = temperature == 1.0 ? nullptr : static_cast<float*>(out.model_log_probs.mutable_data_ptr());
+  args.num_samples = how.num_samples;
+  args.temperature = how.temperature;
+  args.top_k = how.top_k;
+  args.top_p = how.top_p;
+  args.min_p = how.min_p;
   return args;
+}
+
+// Model log-probabilities that would equal the proposal's are not written twice.
+Outputs allocate(SampleArgs* args, const Tensor& like, const std::vector<int64_t>& shape) {
+  const bool same = args->temperature == 1.0 && !is_filtered(*args);
+  const std::vector<int64_t> model = same ? std::vector<int64_t>{0} : shape;
+  Outputs out{torch::stable::new_empty(like, shape, ScalarType::Long), torch::stable::new_empty(like, shape, ScalarType::Float),
+              torch::stable::new_empty(like, model, ScalarType::Float), torch::stable::new_empty(like, {1}, ScalarType::Long)};
+  args->tokens = static_cast<int64_t*>(out.tokens.mutable_data_ptr());
+  args->log_probs = static_cast<float*>(out.log_probs.mutable_data_ptr());
+  args->model_log_probs = same ? nullptr : static_cast<float*>(out.model_log_probs.mutable_data_ptr());
+  return out;
 }
 
 Result finish(Outputs out, const Report& report) {
@@ -102,27 +111,15 @@ Result finish(Outputs out, const Report& report) {
   return {out.tokens, out.log_probs, out.model_log_probs, out.invalid};
 }
 
-void check_draw(const char* op, int64_t num_samples, double temperature, const Tensor& seed, const Tensor& offset, int64_t n) {
-  if (num_samples < 1) fail(op, ": expected at least one draw a row, got ", num_samples);
-  if (!(temperature >= 0 && temperature <= std::numeric_limits<double>::max()))
-    fail(op, ": temperature: expected a finite number >= 0, got ", temperature);
-  check(op, "seed", seed, ScalarType::Long, {n});
-  check(op, "offset", offset, ScalarType::Long, {offset.numel() == 1 ? 1 : n});
-}
-
 Result sample_candidates(Tensor logits, Tensor xt, int64_t mask_token_id, int64_t num_candidates, std::optional<Tensor> active,
-                         double temperature, Tensor seed, Tensor offset) {
+                         double temperature, int64_t top_k, double top_p, double min_p, Tensor seed, Tensor offset) {
   const char* op = "sample_candidates";
   if (logits.dim() != 3) fail(op, ": logits: expected the shape [B, L, V], got ", shape_of(logits));
   const int64_t batch = logits.size(0), length = logits.size(1);
-  check_unit_stride(op, logits);
   check(op, "xt", xt, ScalarType::Long, {batch, length});
   if (active) check(op, "active", *active, ScalarType::Bool, {batch, length});
-  check_draw(op, num_candidates, temperature, seed, offset, batch);
-
-  Outputs out = allocate(logits, {batch, num_candidates, length}, temperature);
-  SampleArgs args = arguments(logits, seed, offset, num_candidates, temperature, out);
-  args.dtype = dtype_of(op, logits);
+  SampleArgs args = arguments(op, logits, {num_candidates, temperature, top_k, top_p, min_p}, seed, offset, batch);
+  Outputs out = allocate(&args, logits, {batch, num_candidates, length});
   args.batch = batch;
   args.length = length;
   args.stride_b = logits.stride(0);
@@ -155,19 +152,15 @@ Result sample_candidates(Tensor logits, Tensor xt, int64_t mask_token_id, int64_
   return finish(out, report);
 }
 
-Result sample_categorical(Tensor logits, int64_t num_samples, Tensor position, double temperature, Tensor forbidden, Tensor seed,
-                          Tensor offset) {
+Result sample_categorical(Tensor logits, int64_t num_samples, Tensor position, double temperature, int64_t top_k, double top_p,
+                          double min_p, Tensor forbidden, Tensor seed, Tensor offset) {
   const char* op = "sample_categorical";
   if (logits.dim() != 2) fail(op, ": logits: expected the shape [N, V], got ", shape_of(logits));
   const int64_t n = logits.size(0);
-  check_unit_stride(op, logits);
   check(op, "position", position, ScalarType::Long, {n});
   check(op, "forbidden", forbidden, ScalarType::Long, {-1});
-  check_draw(op, num_samples, temperature, seed, offset, n);
-
-  Outputs out = allocate(logits, {n, num_samples}, temperature);
-  SampleArgs args = arguments(logits, seed, offset, num_samples, temperature, out);
-  args.dtype = dtype_of(op, logits);
+  SampleArgs args = arguments(op, logits, {num_samples, temperature, top_k, top_p, min_p}, seed, offset, n);
+  Outputs out = allocate(&args, logits, {n, num_samples});
   args.batch = n;
   args.length = 1;
   args.stride_b = logits.stride(0);
@@ -183,6 +176,23 @@ Result sample_categorical(Tensor logits, int64_t num_samples, Tensor position, d
 }
 
 }  // namespace
+
+// For tests: the law of a draw from one float32 row, as the compiled kernel has it. Returns -1, or a BadRow code.
+extern "C" __attribute__((visibility("default"))) int64_t edlm_sampling_law(const float* logits, int64_t vocab, double temperature,
+                                                                            int64_t top_k, double top_p, double min_p, double* probs) {
+  SampleArgs args{};
+  args.logits = logits;
+  args.batch = args.length = args.num_samples = 1;
+  args.vocab = args.stride_b = vocab;
+  args.temperature = temperature;
+  args.top_k = top_k;
+  args.top_p = top_p;
+  args.min_p = min_p;
+  std::vector<TileMass> tiles(num_tiles(vocab));
+  std::vector<double> scratch(draw_scratch_doubles(args));
+  sample_kernels().tile_masses(args, 0, 0, num_tiles(vocab), tiles.data());
+  return sample_kernels().law(args, 0, tiles.data(), scratch.data(), probs);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(edlm, CPU, m) {
   m.impl("sample_candidates", TORCH_BOX(&sample_candidates));

@@ -24,14 +24,14 @@ def samples():
     lse = torch.randn(6)
     return {
         "sample_candidates": [
-            (LOGITS, XT, 8, 2, None, 1.0, SEEDS, ZERO),
-            (LOGITS.bfloat16(), XT, 8, 2, XT > 0, 0.5, SEEDS, SEEDS),
+            (LOGITS, XT, 8, 2, None, 1.0, 0, 1.0, 0.0, SEEDS, ZERO),
+            (LOGITS.bfloat16(), XT, 8, 2, XT > 0, 0.5, 0, 1.0, 0.0, SEEDS, SEEDS),
+            (LOGITS.half(), XT, 8, 2, None, 1.0, 3, 0.9, 0.1, SEEDS, ZERO),
         ],
         "sample_categorical": [
-            (LOGITS[0], 3, torch.arange(4), 1.0, N0, torch.arange(4), ZERO),
-            (LOGITS[0], 3, torch.arange(4), 0.0, ZERO, torch.arange(4), ZERO),
+            (LOGITS[0], 3, torch.arange(4), 1.0, 0, 1.0, 0.0, N0, torch.arange(4), ZERO),
+            (LOGITS[0], 3, torch.arange(4), 0.0, 0, 1.0, 0.0, ZERO, torch.arange(4), ZERO),
         ],
-        "filter_logits": [(LOGITS[0], torch.tensor([True, False, True, True]), 1.0, 3, 0.9, None, ZERO)],
         "gather_log_probs": [(torch.randn(6, 9, **grad), TOKENS, 0.7, N0), (torch.randn(6, 9), TOKENS, 1.0, torch.tensor([8]))],
         "gather_log_probs_backward": [(torch.randn(6, 2), torch.randn(6, 9), TOKENS, lse, 1.0, N0)],
         "linear_log_probs": [

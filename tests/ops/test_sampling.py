@@ -21,13 +21,14 @@ NO_IDS = torch.empty(0, dtype=torch.int64)
 EDGES = [1, 2, 27, 63, 64, 65, 511, 512, 513, 1025, 50257, 151643]
 
 
-def reference(logits, num_samples, *, temperature=1.0, forbidden=NO_IDS, seed=0, position=0, offset=0):
+def reference(logits, num_samples, *, temperature=1.0, forbidden=NO_IDS, seed=0, position=0, offset=0, filters=(0, 1.0, 0.0)):
     n = logits.shape[0]
     return _sample_categorical_reference(
         logits.cpu(),
         num_samples,
         torch.full((n,), position),
         temperature,
+        *filters,
         forbidden,
         expand_seed(seed, n),
         torch.tensor([offset]),
@@ -92,7 +93,7 @@ def test_candidates_agree_with_reference(device):
         got = sample_candidates(
             logits.to(device), xt.to(device), mask, 5, active=active.to(device), temperature=temperature, seed=seed, offset=offset
         )
-        want = _sample_candidates_reference(logits, xt, mask, 5, active, temperature, seed, offset)
+        want = _sample_candidates_reference(logits, xt, mask, 5, active, temperature, 0, 1.0, 0.0, seed, offset)
         assert torch.equal(got.tokens.cpu(), want[0])
         torch.testing.assert_close(got.log_probs.cpu(), want[1], atol=2e-6, rtol=0)
         torch.testing.assert_close(got.model_log_probs.cpu(), want[2] if temperature != 1 else want[1], atol=2e-6, rtol=0)

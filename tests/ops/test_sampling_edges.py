@@ -169,4 +169,4 @@ def test_the_op_itself_checks_its_callers():
     if __import__("edlm").ops.backends()["sample_categorical"]["cpu"] != "compiled":
         pytest.skip("nothing is compiled")
     with pytest.raises(RuntimeError, match=r"position: expected a contiguous tensor .* shape \[4\]"):
-        torch.ops.edlm.sample_categorical(torch.zeros(4, 5), 1, zeros, 1.0, NO_IDS, torch.arange(4), zeros)
+        torch.ops.edlm.sample_categorical(torch.zeros(4, 5), 1, zeros, 1.0, 0, 1.0, 0.0, NO_IDS, torch.arange(4), zeros)

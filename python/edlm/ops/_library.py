@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 # Raised together with csrc/module.cpp whenever the schema of a compiled op changes.
-ABI = 1
+ABI = 2
 
 _LIBRARY = torch.library.Library("edlm", "DEF")
 _OPS: list[str] = []

@@ -15,13 +15,15 @@ import torch
 
 from ._library import check_invalid, check_logits, check_tensor, define_op, forbidden_ids
 from ._philox import Purpose, expand_offset, expand_seed, philox_uniform
-from .log_probs import gather_log_probs
 
 TILE = 512  # columns; part of the RNG contract, since the first uniform picks a tile
 
 # A row is reported as 4 * row + code; the smallest wins, so that the message does not depend on the order of rows.
 _NON_FINITE, _NO_SUPPORT, _OUT_OF_RANGE = 0, 1, 2
 _NOTHING = torch.iinfo(torch.int64).max
+
+
+_PLAIN = (1.0, 0, 1.0, 0.0)  # temperature, top_k, top_p, min_p: nothing tempered, nothing filtered
 
 
 class Candidates(NamedTuple):
@@ -42,6 +44,7 @@ def _sample_rows(
     position: torch.Tensor,
     offset: torch.Tensor,
     temperature: float,
+    filters: tuple[int, float, float],
     forbidden: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """[n, V] float64 -> tokens, log_probs, model_log_probs [n, K], code [n] (-1 where the row is valid)."""
@@ -57,7 +60,7 @@ def _sample_rows(
         tokens = x.argmax(-1, keepdim=True).expand(n, num_samples)
         log_probs = torch.zeros(n, num_samples, dtype=torch.float64, device=x.device)
     else:
-        y = centred / temperature
+        y = _filter(centred / temperature, *filters)
         p = torch.nn.functional.pad(y.exp(), (0, -vocab_size % TILE)).view(n, -1, TILE)
         tiles = p.sum(-1).cumsum(-1)  # [n, tiles]
         candidate = torch.arange(num_samples, device=x.device)
@@ -75,6 +78,24 @@ def _sample_rows(
     return tokens, log_probs.float(), model_log_probs.float(), code
 
 
+def _filter(y: torch.Tensor, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
+    """[n, V] float64 with maximum 0 -> the same with -inf at what the filters remove; 0, 1 and 0 remove nothing.
+
+    A stable sort puts the lowest id first among equals, and each filter keeps a prefix of that order.
+    """
+    if (top_k, top_p, min_p) == (0, 1, 0):
+        return y
+    x, order = y.sort(dim=-1, descending=True, stable=True)
+    keep = x >= (math.log(min_p) if min_p > 0 else -math.inf)
+    if top_k:
+        keep[:, top_k:] = False
+        x[:, top_k:] = -math.inf
+    if top_p < 1:  # the token that crosses top_p is kept
+        mass = x.exp().cumsum(-1)
+        keep[:, 1:] &= mass[:, :-1] < top_p * mass[:, -1:]
+    return y.masked_fill(~torch.empty_like(keep).scatter_(-1, order, keep), -math.inf)
+
+
 def _chunks(rows: torch.Tensor, columns: int) -> tuple[torch.Tensor, ...]:
     return rows.split(max(1, (4 << 20) // columns))  # 32 MiB of float64 at a time
 
@@ -86,6 +107,9 @@ def _sample_candidates_reference(
     num_candidates: int,
     active: torch.Tensor | None,
     temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
     seed: torch.Tensor,
     offset: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -101,12 +125,13 @@ def _sample_candidates_reference(
     for rows in _chunks(drawn.flatten().nonzero().squeeze(1), max(vocab_size, TILE * num_candidates)):
         b, i = rows // length, rows % length
         drawn_tokens, lp, model_lp, code = _sample_rows(
-            logits[b, i].double(), num_candidates, seed[b], i, offset.expand(batch)[b], temperature, mask
+            logits[b, i].double(), num_candidates, seed[b], i, offset.expand(batch)[b], temperature, (top_k, top_p, min_p), mask
         )
         tokens[b, :, i], log_probs[b, :, i], model_log_probs[b, :, i] = drawn_tokens, lp, model_lp
         if rows.numel():
             invalid = torch.minimum(invalid, torch.where(code >= 0, 4 * rows + code, _NOTHING).min())
-    return tokens, log_probs, model_log_probs if temperature != 1 else log_probs.new_empty(0), _report(invalid, logits)
+    plain = (temperature, top_k, top_p, min_p) == _PLAIN
+    return tokens, log_probs, log_probs.new_empty(0) if plain else model_log_probs, _report(invalid, logits)
 
 
 def _sample_categorical_reference(
@@ -114,6 +139,9 @@ def _sample_categorical_reference(
     num_samples: int,
     position: torch.Tensor,
     temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
     forbidden: torch.Tensor,
     seed: torch.Tensor,
     offset: torch.Tensor,
@@ -127,11 +155,12 @@ def _sample_categorical_reference(
         if not rows.numel():
             continue
         tokens[rows], log_probs[rows], model_log_probs[rows], code = _sample_rows(
-            logits[rows].double(), num_samples, seed[rows], position[rows], offset.expand(n)[rows], temperature, forbidden
+            logits[rows].double(), num_samples, seed[rows], position[rows], offset.expand(n)[rows], temperature, (top_k, top_p, min_p), forbidden
         )
         worst = torch.where(code >= 0, 4 * rows + code, _NOTHING).min()
         invalid = worst if invalid is None else torch.minimum(invalid, worst)
-    return tokens, log_probs, model_log_probs if temperature != 1 else log_probs.new_empty(0), _report(invalid, logits)
+    plain = (temperature, top_k, top_p, min_p) == _PLAIN
+    return tokens, log_probs, log_probs.new_empty(0) if plain else model_log_probs, _report(invalid, logits)
 
 
 def _report(invalid: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
@@ -140,76 +169,30 @@ def _report(invalid: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
     return torch.where(invalid == _NOTHING, -1, invalid).reshape(1)
 
 
-def _fake(logits: torch.Tensor, shape: tuple[int, ...], temperature: float) -> tuple[torch.Tensor, ...]:
+def _fake(logits: torch.Tensor, shape: tuple[int, ...], *proposal: float) -> tuple[torch.Tensor, ...]:
     log_probs = logits.new_empty(shape, dtype=torch.float32)
     return (
         logits.new_empty(shape, dtype=torch.int64),
         log_probs,
-        log_probs.new_empty(shape if temperature != 1 else 0),
+        log_probs.new_empty(0 if proposal == _PLAIN else shape),
         logits.new_empty(1, dtype=torch.int64),
     )
 
 
 _sample_candidates = define_op(
     "sample_candidates(Tensor logits, Tensor xt, int mask_token_id, int num_candidates, Tensor? active, float temperature,"
-    " Tensor seed, Tensor offset) -> (Tensor, Tensor, Tensor, Tensor)",
+    " int top_k, float top_p, float min_p, Tensor seed, Tensor offset) -> (Tensor, Tensor, Tensor, Tensor)",
     _sample_candidates_reference,
-    lambda logits, xt, mask_token_id, num_candidates, active, temperature, seed, offset: _fake(
-        logits, (xt.shape[0], num_candidates, xt.shape[1]), temperature
+    lambda logits, xt, mask_token_id, num_candidates, active, temperature, top_k, top_p, min_p, seed, offset: _fake(
+        logits, (xt.shape[0], num_candidates, xt.shape[1]), temperature, top_k, top_p, min_p
     ),
 )
 _sample_categorical = define_op(
-    "sample_categorical(Tensor logits, int num_samples, Tensor position, float temperature, Tensor forbidden, Tensor seed,"
-    " Tensor offset) -> (Tensor, Tensor, Tensor, Tensor)",
+    "sample_categorical(Tensor logits, int num_samples, Tensor position, float temperature, int top_k, float top_p, float min_p,"
+    " Tensor forbidden, Tensor seed, Tensor offset) -> (Tensor, Tensor, Tensor, Tensor)",
     _sample_categorical_reference,
-    lambda logits, num_samples, position, temperature, forbidden, seed, offset: _fake(
-        logits, (logits.shape[0], num_samples), temperature
-    ),
-)
-
-
-# --- filters --------------------------------------------------------------------------------------------------------------------
-
-
-def _filter_logits_reference(
-    logits: torch.Tensor,
-    drawn: torch.Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    forbidden: torch.Tensor,
-) -> torch.Tensor:
-    """[N, V] with -inf at what the filters remove, on rows where ``drawn`` [N]; the other rows are 0."""
-    out = torch.zeros_like(logits, memory_format=torch.contiguous_format)
-    for rows in _chunks(drawn.nonzero().squeeze(1), logits.shape[1]):
-        x = logits[rows]
-        y = x.double()
-        if forbidden.numel():
-            y = y.index_fill(-1, forbidden, -math.inf)
-        # A stable sort puts the lowest id first among equals: that is the tie rule of all three filters.
-        y, order = (y / temperature).sort(dim=-1, descending=True, stable=True)
-        keep = torch.ones_like(y, dtype=torch.bool)
-        if top_k is not None:
-            keep[:, top_k:] = False
-        if top_p is not None:  # the token that crosses top_p is kept
-            p = torch.softmax(y.masked_fill(~keep, -math.inf), -1)
-            keep &= p.cumsum(-1) - p < top_p
-        if min_p is not None:
-            keep &= y - y[:, :1] >= math.log(min_p) if min_p > 0 else keep
-        keep[:, 0] = True
-        keep = torch.empty_like(keep).scatter_(-1, order, keep)
-        # NaN and +inf stay, so that the sampler reports them.
-        out[rows] = torch.where(keep | x.isnan() | (x == math.inf), x, -math.inf)
-    return out
-
-
-_filter_logits = define_op(
-    "filter_logits(Tensor logits, Tensor drawn, float temperature, int? top_k, float? top_p, float? min_p, Tensor forbidden)"
-    " -> Tensor",
-    _filter_logits_reference,
-    lambda logits, drawn, temperature, top_k, top_p, min_p, forbidden: torch.empty_like(
-        logits, memory_format=torch.contiguous_format
+    lambda logits, num_samples, position, temperature, top_k, top_p, min_p, forbidden, seed, offset: _fake(
+        logits, (logits.shape[0], num_samples), temperature, top_k, top_p, min_p
     ),
 )
 
@@ -217,9 +200,10 @@ _filter_logits = define_op(
 # --- the public functions -------------------------------------------------------------------------------------------------------
 
 
-def _check_proposal(
+def _proposal(
     name: str, count_name: str, count: int, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None
-) -> None:
+) -> tuple[float, int, float, float]:
+    """temperature, top_k, top_p, min_p as the ops want them, checked: 0, 1 and 0 are no filter."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"{name}: {count_name}: expected an integer >= 1, got {count!r}")
     if not 0 <= temperature < math.inf:  # not math.isfinite: torch.compile traces a temperature that varies
@@ -230,12 +214,13 @@ def _check_proposal(
         raise ValueError(f"{name}: top_p: expected a number in (0, 1] or None, got {top_p}")
     if min_p is not None and not 0 <= min_p <= 1:
         raise ValueError(f"{name}: min_p: expected a number in [0, 1] or None, got {min_p}")
+    if temperature == 0:  # greedy draws the most probable token, which no filter removes
+        return 0.0, 0, 1.0, 0.0
+    return float(temperature), top_k or 0, 1.0 if top_p is None else float(top_p), float(min_p or 0)
 
 
 def _unit_stride(logits: torch.Tensor) -> torch.Tensor:
-    # NOTE: kernels read float32 and bfloat16 with unit stride in V; anything else costs one copy, here and nowhere else.
-    if logits.dtype == torch.float16:
-        logits = logits.float()
+    # NOTE: kernels read unit stride in V; anything else costs one copy, here and nowhere else.
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
@@ -274,7 +259,7 @@ def sample_candidates(
         temperature: >= 0; 0 is greedy: the lowest id among the largest logits, with log-probability 0.
         top_k, top_p, min_p: filters of the tempered distribution, applied in this order, each on what the one before left.
             Ties go to the lowest id; the most probable token always stays; top_p keeps the token that crosses it; min_p is
-            relative to the largest probability. Filters cost a copy of the logits and a sort of the drawn rows.
+            relative to the largest probability.
         seed: an int s (sequence b draws with s + b) or int64 [B]. offset: the step: an int, or int64 of one element or [B].
 
     Returns:
@@ -297,21 +282,11 @@ def sample_candidates(
         active = active.contiguous()
     if isinstance(mask_token_id, bool) or not isinstance(mask_token_id, int) or not 0 <= mask_token_id < vocab_size:
         raise ValueError(f"{name}: mask_token_id: expected an id in 0 .. {vocab_size - 1}, got {mask_token_id}")
-    _check_proposal(name, "num_candidates", num_candidates, temperature, top_k, top_p, min_p)
+    proposal = _proposal(name, "num_candidates", num_candidates, temperature, top_k, top_p, min_p)
     seeds = expand_seed(seed, batch, logits.device).contiguous()
     offsets = expand_offset(name, offset, batch, logits.device)
-    logits, xt = _unit_stride(logits.detach()), xt.contiguous()
-
-    # Greedy draws the most probable token, which no filter removes.
-    filtered = temperature > 0 and (top_k is not None or top_p is not None or min_p is not None)
-    proposal = logits
-    if filtered:
-        drawn = xt == mask_token_id if active is None else (xt == mask_token_id) & active
-        mask = forbidden_ids(name, mask_token_id, vocab_size, logits.device)
-        rows = logits.reshape(-1, vocab_size)
-        proposal = _filter_logits(rows, drawn.flatten(), temperature, top_k, top_p, min_p, mask).view(logits.shape)
     tokens, log_probs, model_log_probs, invalid = _sample_candidates(
-        proposal, xt, mask_token_id, num_candidates, active, float(temperature), seeds, offsets
+        _unit_stride(logits.detach()), xt.contiguous(), mask_token_id, num_candidates, active, *proposal, seeds, offsets
     )
 
     def describe(code: int) -> str:
@@ -319,14 +294,7 @@ def sample_candidates(
         return _REASONS[code % 4].format(where=f"sequence {row // length}, position {row % length}", last=vocab_size - 1)
 
     check_invalid(name, invalid, describe)
-    if filtered:
-        # Clean and inactive rows hold no draw: score id 0 there, and throw it away.
-        gone = (~drawn)[:, None, :].expand_as(tokens)
-        scored = gather_log_probs(logits, tokens.masked_fill(gone, 0).transpose(1, 2), forbidden=mask).transpose(1, 2)
-        model_log_probs = scored.masked_fill(gone, 0.0)
-    elif temperature == 1:
-        model_log_probs = log_probs
-    return Candidates(tokens, log_probs, model_log_probs)
+    return Candidates(tokens, log_probs, log_probs if proposal == _PLAIN else model_log_probs)
 
 
 def sample_categorical(
@@ -363,7 +331,7 @@ def sample_categorical(
     name = "sample_categorical"
     check_logits(name, logits, "[N, V]")
     n, vocab_size = logits.shape
-    _check_proposal(name, "num_samples", num_samples, temperature, top_k, top_p, min_p)
+    proposal = _proposal(name, "num_samples", num_samples, temperature, top_k, top_p, min_p)
     ids = forbidden_ids(name, forbidden, vocab_size, logits.device)
     seeds = expand_seed(seed, n, logits.device).contiguous()
     offsets = expand_offset(name, offset, n, logits.device)
@@ -372,19 +340,8 @@ def sample_categorical(
         positions = position.contiguous()
     else:
         positions = torch.full((n,), position, dtype=torch.int64, device=logits.device)
-    logits = _unit_stride(logits.detach())
-
-    filtered = temperature > 0 and (top_k is not None or top_p is not None or min_p is not None)
-    proposal = logits
-    if filtered:
-        drawn = torch.ones(n, dtype=torch.bool, device=logits.device)
-        proposal = _filter_logits(logits, drawn, temperature, top_k, top_p, min_p, ids)
     tokens, log_probs, model_log_probs, invalid = _sample_categorical(
-        proposal, num_samples, positions, float(temperature), ids, seeds, offsets
+        _unit_stride(logits.detach()), num_samples, positions, *proposal, ids, seeds, offsets
     )
     check_invalid(name, invalid, lambda code: _REASONS[code % 4].format(where=f"row {code // 4}", last=vocab_size - 1))
-    if filtered:
-        model_log_probs = gather_log_probs(logits, tokens, forbidden=ids)
-    elif temperature == 1:
-        model_log_probs = log_probs
-    return Candidates(tokens, log_probs, model_log_probs)
+    return Candidates(tokens, log_probs, log_probs if proposal == _PLAIN else model_log_probs)
