@@ -9,9 +9,9 @@
 
 #include <cmath>
 
-#include "../philox.h"
 #include "filters.h"
 #include "tiles.h"
+#include "uniforms.h"
 
 #ifndef EDLM_ISA
 #error "EDLM_ISA names the instruction set; cmake/isa.cmake defines it"
@@ -26,28 +26,16 @@ Row<T> row_of(const SampleArgs& args, int64_t row) {
   return {static_cast<const T*>(args.logits) + b * args.stride_b + l * args.stride_l, args.vocab, args.forbidden, args.num_forbidden};
 }
 
+int64_t position_of(const SampleArgs& args, int64_t row) { return args.position ? args.position[row] : row % args.length; }
+
 template <class T>
 void tile_masses_of(const SampleArgs& args, int64_t row, int64_t begin, int64_t end, TileMass* tiles) {
   const float inverse = static_cast<float>(inverse_temperature(args.temperature));
+  if (args.vocab <= kSmallVocab) return;
   if (args.temperature == 1.0)
     read_tiles<false, false>(row_of<T>(args, row), inverse, begin, end, tiles);
   else
     read_tiles<true, true>(row_of<T>(args, row), inverse, begin, end, tiles);
-}
-
-// First index whose prefix exceeds target; the last one that has mass where rounding leaves none. Without branches, since a draw's
-// path cannot be predicted.
-int64_t upper_bound(const double* prefix, int64_t n, double target) {
-  const double* base = prefix;
-  for (int64_t size = n; size > 1;) {
-    const int64_t half = size / 2;
-    base = base[half - 1] <= target ? base + half : base;
-    size -= half;
-  }
-  int64_t index = base - prefix + (*base <= target ? 1 : 0);
-  if (index < n) return index;
-  for (index = n - 1; index > 0 && prefix[index] == prefix[index - 1];) --index;
-  return index;
 }
 
 // A block of 64 columns, in two stages: four groups of sixteen by their sums in float, as the tile's blocks are; then the columns of one
@@ -96,28 +84,52 @@ struct Column {
   double logit;
 };
 
-// A column of the tile, in proportion to exp(x / T), by the second uniform.
-template <class T>
-Column draw_column(const Row<T>& row, int64_t t, const TileMass& tile, double inverse, double u) {
+// Which block of its tile the second uniform points at, and what share of that block's mass lies before the draw.
+struct Place {
+  int64_t tile;
+  int block;
+  double share;
+};
+
+inline Place place_in(const TileMass& tile, int64_t t, double u) {
   double prefix[kBlocksPerTile];
   prefix[0] = tile.block[0];
   for (int i = 1; i < kBlocksPerTile; ++i) prefix[i] = prefix[i - 1] + tile.block[i];
-  double left = u * prefix[kBlocksPerTile - 1];
-  const int b = pick<kBlocksPerTile>(prefix, left);
-  left -= b > 0 ? prefix[b - 1] : 0.0;
+  const double target = u * prefix[kBlocksPerTile - 1];
+  const int b = pick<kBlocksPerTile>(prefix, target);
+  return {t, b, (target - (b > 0 ? prefix[b - 1] : 0.0)) / tile.block[b]};
+}
 
-  // What is left goes on as a share: sums of the same columns differ by rounding, in float and in double.
+// The column there. A share goes from stage to stage, since sums of the same columns differ by rounding, in float and in double.
+template <class T>
+Column draw_column(const Row<T>& row, const Place& place, const TileMass& tile, double inverse) {
   Block block;
-  const int64_t first = t * kTile + b * kBlock;
+  const int64_t first = place.tile * kTile + place.block * kBlock;
   read_block(row, first, tile.max, static_cast<float>(inverse), &block);
-  left = left / tile.block[b] * block.group[kGroups - 1];
-  const int g = pick<kGroups>(block.group, left);
+  const double target = place.share * block.group[kGroups - 1];
+  const int g = pick<kGroups>(block.group, target);
   const double before = g > 0 ? block.group[g - 1] : 0.0;
 
   alignas(64) double column[kGroup];
   read_group(block.logits + kGroup * g, tile.max, inverse, column);
-  const int i = kGroup * g + pick<kGroup>(column, (left - before) / (block.group[g] - before) * column[kGroup - 1]);
+  const int i = kGroup * g + pick<kGroup>(column, (target - before) / (block.group[g] - before) * column[kGroup - 1]);
   return {first + i, block.logits[i]};
+}
+
+// For each of eight targets the first index whose prefix exceeds it; the last one that has mass where rounding leaves none. Without
+// branches, since a draw's path cannot be predicted, and side by side, since each is a chain of loads.
+inline void upper_bounds(const double* prefix, int64_t n, const double* target, int64_t* index) {
+  for (int j = 0; j < 8; ++j) index[j] = 0;
+  for (int64_t size = n; size > 1;) {
+    const int64_t half = size / 2;
+    for (int j = 0; j < 8; ++j) index[j] += prefix[index[j] + half - 1] <= target[j] ? half : 0;
+    size -= half;
+  }
+  for (int j = 0; j < 8; ++j) {
+    index[j] += prefix[index[j]] <= target[j];
+    if (index[j] < n) continue;
+    for (index[j] = n - 1; index[j] > 0 && prefix[index[j]] == prefix[index[j] - 1];) --index[j];
+  }
 }
 
 template <class T>
@@ -188,44 +200,168 @@ Total prefix_of(const SampleArgs& args, Row<T>& row, TileMass* tiles, double* sc
   return result;
 }
 
+// Where the draws of a row go, and how their log-probabilities follow from the row's normalisers.
+struct Writer {
+  const SampleArgs& args;
+  int64_t b, l;
+  double max, inverse, log_total, log_model_total;
+
+  void draw(int64_t k, const Column& column) const { write(k, column, (column.logit - max) * inverse - log_total); }
+  void greedy(const Column& column) const {
+    for (int64_t k = 0; k < args.num_samples; ++k) write(k, column, 0);
+  }
+
+ private:
+  void write(int64_t k, const Column& column, double log_prob) const {
+    const int64_t out = (b * args.num_samples + k) * args.length + l;
+    args.tokens[out] = column.id;
+    args.log_probs[out] = static_cast<float>(clamp_max_0(log_prob));
+    if (args.model_log_probs) args.model_log_probs[out] = static_cast<float>(clamp_max_0((column.logit - max) - log_model_total));
+  }
+};
+
 template <class T>
-int64_t draw_of(const SampleArgs& args, int64_t r, TileMass* tiles, double* scratch) {
+int64_t draw_large(const SampleArgs& args, int64_t r, TileMass* tiles, double* scratch) {
   const int64_t b = r / args.length, l = r % args.length, n = num_tiles(args.vocab);
   Row<T> row = row_of<T>(args, r);
-  const Total row_total = prefix_of(args, row, tiles, scratch);
-  if (row_total.code >= 0) return fail_row(args, b, l, row_total.code);
+  const Total sum = prefix_of(args, row, tiles, scratch);
+  if (sum.code >= 0) return fail_row(args, b, l, sum.code);
 
-  const double inverse = inverse_temperature(args.temperature), max = row_total.max;
-  const double log_total = std::log(row_total.total), log_model_total = std::log(row_total.model_total);
-  const int64_t offset = args.offset[b * args.offset_stride];
-  const int64_t position = args.position ? args.position[r] : l;
-  const int64_t greedy = args.temperature > 0 ? -1 : argmax(row, tiles, row_total.max);
-  for (int64_t k = 0; k < args.num_samples; ++k) {
-    const int64_t out = (b * args.num_samples + k) * args.length + l;
-    Column column{greedy, max};
-    double log_prob = 0;
-    if (greedy < 0) {
-      const Uniforms u = philox_uniform(args.seed[b], position, k, offset, Purpose::kToken);
-      const int64_t t = upper_bound(scratch, n, u.first * row_total.total);
-      column = draw_column(row, t, tiles[t], inverse, u.second);
-      log_prob = clamp_max_0((column.logit - max) * inverse - log_total);
+  const double inverse = inverse_temperature(args.temperature);
+  const Writer out{args, b, l, sum.max, inverse, std::log(sum.total), std::log(sum.model_total)};
+  if (args.temperature == 0) {
+    out.greedy({argmax(row, tiles, sum.max), sum.max});
+    return -1;
+  }
+  Uniforms8 u;
+  double target[8];
+  int64_t tile[8];
+  Place place[8];
+  for (int64_t k = 0; k < args.num_samples; k += 8) {
+    const int draws = args.num_samples - k < 8 ? static_cast<int>(args.num_samples - k) : 8;
+    philox_uniform8(args.seed[b], position_of(args, r), k, args.offset[b * args.offset_stride], Purpose::kToken, &u);
+    for (int j = 0; j < 8; ++j) target[j] = u.first[j] * sum.total;
+    upper_bounds(scratch, n, target, tile);
+    for (int j = 0; j < draws; ++j) {
+      place[j] = place_in(tiles[tile[j]], tile[j], u.second[j]);
+      const T* x = row.x + place[j].tile * kTile + place[j].block * kBlock;  // most likely in the second cache level by now
+      for (size_t line = 0; line < kBlock * sizeof(T); line += 64) __builtin_prefetch(reinterpret_cast<const char*>(x) + line);
     }
-    args.tokens[out] = column.id;
-    args.log_probs[out] = static_cast<float>(log_prob);
-    if (args.model_log_probs) args.model_log_probs[out] = static_cast<float>(clamp_max_0((column.logit - max) - log_model_total));
+    for (int j = 0; j < draws; ++j) out.draw(k + j, draw_column(row, place[j], tiles[tile[j]], inverse));
+  }
+  return -1;
+}
+
+// --- rows of few columns: one prefix in double over all of them ----------------------------------------------------------------------
+
+struct SmallRow {
+  float max;
+  int count, last;  // columns, in whole eights; the last one that has mass
+  double total, model_total;
+  alignas(64) float logits[kSmallVocab];
+  alignas(64) double prefix[kSmallVocab];
+};
+
+template <class T>
+void read_small(const Row<T>& row, double inverse, bool has_model, SmallRow* small) {
+  copy_columns(row, 0, row.vocab, small->logits);
+  small->count = static_cast<int>(row.vocab + 7) / 8 * 8;
+  f32x16 max = splat(kMinusInf);
+  for (int i = 0; i < row.vocab; i += 16) max = max_or_second(load16(small->logits + i), max);
+  small->max = fold_max(max);
+  const double reference = small->max == kMinusInf ? 0.0 : small->max;
+  f64x8 model = splat(0.0);
+  for (int i = 0; i < small->count; i += 8) {
+    f64x8 d;
+    for (int j = 0; j < 8; ++j) d[j] = small->logits[i + j];
+    d -= reference;
+    const f64x8 e = exp_negative(d * inverse);
+    if (has_model) model += exp_negative(d);
+    std::memcpy(small->prefix + i, &e, sizeof e);
+  }
+  small->model_total = ((model[0] + model[1]) + (model[2] + model[3])) + ((model[4] + model[5]) + (model[6] + model[7]));
+  double carry = 0;
+  for (int i = 0; i < small->count; i += 8) {  // the chains of different eights do not wait for each other
+    double* p = small->prefix + i;
+    for (int j = 1; j < 8; ++j) p[j] += p[j - 1];
+    const double sum = p[7];
+    for (int j = 0; j < 8; ++j) p[j] += carry;
+    carry += sum;
+  }
+  // One sum, twice: p[7] + carry and carry + sum are the same number.
+  small->total = carry;
+  for (small->last = small->count - 1; small->last > 0 && !(small->prefix[small->last - 1] < carry);) --small->last;
+}
+
+// Also applies the filters, and says what is wrong with the row: a BadRow, or -1.
+template <class T>
+int64_t prepare_small(const SampleArgs& args, Row<T>& row, double* scratch, SmallRow* small) {
+  const double inverse = inverse_temperature(args.temperature);
+  read_small(row, inverse, args.model_log_probs != nullptr, small);
+  if (!(small->total <= 1e30)) return kNonFinite;
+  if (small->max == kMinusInf) return kNoSupport;
+  if (!is_filtered(args)) return -1;
+  const double model_total = small->model_total;
+  TileMass tile;
+  tile.max = small->max;
+  filter_row(args, &row, &tile, small->max, scratch_keys(args, scratch));
+  read_small(row, inverse, false, small);
+  small->model_total = model_total;
+  return -1;
+}
+
+template <class T>
+int64_t draw_small(const SampleArgs& args, int64_t r, double* scratch) {
+  const int64_t b = r / args.length, l = r % args.length;
+  Row<T> row = row_of<T>(args, r);
+  SmallRow small;
+  const int64_t code = prepare_small(args, row, scratch, &small);
+  if (code >= 0) return fail_row(args, b, l, code);
+
+  const Writer out{args, b, l, small.max, inverse_temperature(args.temperature), std::log(small.total), std::log(small.model_total)};
+  if (args.temperature == 0) {
+    int id = 0;
+    while (small.logits[id] != small.max) ++id;
+    out.greedy({id, small.max});
+    return -1;
+  }
+  Uniforms8 u;
+  for (int64_t k = 0; k < args.num_samples; k += 8) {
+    philox_uniform8(args.seed[b], position_of(args, r), k, args.offset[b * args.offset_stride], Purpose::kToken, &u);
+    f64x8 target;
+    std::memcpy(&target, u.second, sizeof target);  // there is one tile, for the first to choose from
+    target *= small.total;
+    i64x8 index = {};
+    for (int i = 0; i < small.count; ++i) index -= splat(small.prefix[i]) <= target;
+    for (int64_t j = 0; j < 8 && k + j < args.num_samples; ++j) {
+      const int64_t id = index[j] < small.last ? index[j] : small.last;
+      out.draw(k + j, {id, small.logits[id]});
+    }
   }
   return -1;
 }
 
 template <class T>
+int64_t draw_of(const SampleArgs& args, int64_t row, TileMass* tiles, double* scratch) {
+  return args.vocab <= kSmallVocab ? draw_small<T>(args, row, scratch) : draw_large<T>(args, row, tiles, scratch);
+}
+
+template <class T>
 int64_t law_of(const SampleArgs& args, int64_t r, TileMass* tiles, double* scratch, double* probs) {
   Row<T> row = row_of<T>(args, r);
-  const Total row_total = prefix_of(args, row, tiles, scratch);
-  if (row_total.code >= 0) return row_total.code;
+  if (args.vocab <= kSmallVocab) {
+    SmallRow small;
+    const int64_t code = prepare_small(args, row, scratch, &small);
+    for (int64_t i = 0; code < 0 && i < args.vocab; ++i)
+      probs[i] = (small.prefix[i] - (i > 0 ? small.prefix[i - 1] : 0.0)) / small.total;
+    return code;
+  }
+  const Total sum = prefix_of(args, row, tiles, scratch);
+  if (sum.code >= 0) return sum.code;
   const double inverse = inverse_temperature(args.temperature);
   Block block;
   for (int64_t t = 0; t < num_tiles(args.vocab); ++t) {
-    const double p_tile = (scratch[t] - (t > 0 ? scratch[t - 1] : 0.0)) / row_total.total;
+    const double p_tile = (scratch[t] - (t > 0 ? scratch[t - 1] : 0.0)) / sum.total;
     for (int b = 0; b < kBlocksPerTile && t * kTile + b * kBlock < args.vocab; ++b) {
       const int64_t first = t * kTile + b * kBlock;
       read_block(row, first, tiles[t].max, static_cast<float>(inverse), &block);

@@ -25,6 +25,7 @@ using f32x4 = float __attribute__((vector_size(16)));
 using u16x16 = uint16_t __attribute__((vector_size(32)));
 using f64x8 = double __attribute__((vector_size(64)));
 using i64x8 = int64_t __attribute__((vector_size(64)));
+using u64x8 = uint64_t __attribute__((vector_size(64)));
 
 struct bf16 {
   uint16_t bits;

@@ -46,6 +46,10 @@ void copy_columns(const Row<T>& row, int64_t begin, int64_t end, float* out) {
   for (int i = 0; i < count; ++i) out[i] = (out[i] > row.cut) | ((out[i] == row.cut) & (i < ties)) ? out[i] : kMinusInf;
 }
 
+// Bytes that are fetched ahead of those that are exponentiated: two pages, which the processor's own prefetchers do not cross. (A tile
+// ahead took 1.2 times as long where logits come from memory.) Beyond the end of the logits a prefetch reads nothing.
+constexpr size_t kAhead = 8192;
+
 // `blocks` whole blocks of 64 columns: their maximum, and the columns themselves as floats, in `out` where they are not floats yet.
 inline float max_and_widen(const float* x, int blocks, const float** wide, float*) {
   *wide = x;
@@ -88,9 +92,8 @@ void tile_mass(const T* x, int blocks, float inverse, TileMass* tile) {
   const f32x16 reference = splat(max == kMinusInf ? 0.0f : max);
   f32x16 sum[kBlocksPerTile], model = splat(0.0f);
   for (int i = 0; i < blocks; ++i) {
-    // The next tile on its way while this one is exponentiated. A prefetch past the row's end reads nothing.
     for (size_t line = 0; line < kBlock * sizeof(T); line += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(x + kTile + i * kBlock) + line);
+      __builtin_prefetch(reinterpret_cast<const char*>(x + i * kBlock) + kAhead + line);
     f32x16 d0 = load16(wide + i * kBlock) - reference;
     f32x16 d1 = load16(wide + i * kBlock + 16) - reference;
     f32x16 d2 = load16(wide + i * kBlock + 32) - reference;
