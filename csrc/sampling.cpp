@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -13,6 +12,7 @@
 #include "check.h"
 #include "cpu/isa.h"
 #include "cpu/report.h"
+#include "rows.h"
 
 namespace edlm {
 
@@ -20,40 +20,15 @@ EDLM_KERNEL_TABLE(SampleKernels, kSampleKernels, sample_kernels)
 
 namespace {
 
-// Draws every listed row. Many rows: a thread takes whole rows, and its tiles stay in its cache. Few: threads share the tiles of
-// all rows, then draw. The bits are the same.
 void sample_rows(const SampleArgs& args, const std::vector<int64_t>& rows, Report& report) {
   const SampleKernels& kernels = sample_kernels();
-  const int64_t n = static_cast<int64_t>(rows.size()), tiles = num_tiles(args.vocab);
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t grain = std::max<int64_t>(1, 16384 / args.vocab);  // small rows travel together
-  if (n >= 4 * threads || tiles < 8) {
-    torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
-      std::vector<TileMass> mass(tiles);
-      std::vector<double> scratch(draw_scratch_doubles(args));
-      for (int64_t i = begin; i < end; ++i) {
-        kernels.tile_masses(args, rows[i], 0, tiles, mass.data());
-        const int64_t code = kernels.draw(args, rows[i], mass.data(), scratch.data());
+  for_each_row(
+      static_cast<int64_t>(rows.size()), args.vocab, draw_scratch_doubles(args),
+      [&](int64_t i, int64_t begin, int64_t end, TileMass* tiles) { kernels.tile_masses(args, rows[i], begin, end, tiles); },
+      [&](int64_t i, TileMass* tiles, double* scratch) {
+        const int64_t code = kernels.draw(args, rows[i], tiles, scratch);
         if (code >= 0) report.add(4 * rows[i] + code);
-      }
-    });
-    return;
-  }
-  std::vector<TileMass> mass(n * tiles);
-  torch::stable::parallel_for(0, n * tiles, 16, [&](int64_t begin, int64_t end) {
-    while (begin < end) {
-      const int64_t i = begin / tiles, first = begin % tiles, last = std::min(tiles, first + end - begin);
-      kernels.tile_masses(args, rows[i], first, last, mass.data() + i * tiles);
-      begin += last - first;
-    }
-  });
-  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-    std::vector<double> scratch(draw_scratch_doubles(args));
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t code = kernels.draw(args, rows[i], mass.data() + i * tiles, scratch.data());
-      if (code >= 0) report.add(4 * rows[i] + code);
-    }
-  });
+      });
 }
 
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor>;

@@ -117,13 +117,9 @@ double total_mass(const Row<T>& row, const TileMass* tiles, const Softmax& softm
     if (tiles[t].max == kMinusInf) continue;
     const int64_t first = t * kTile, last = first + kTile < row.vocab ? first + kTile : row.vocab;
     copy_columns(row, first, last, buffer);
-    for (int64_t i = 0; i < last - first; i += 8) {
-      f64x8 d;
-      for (int j = 0; j < 8; ++j) d[j] = buffer[i + j];
-      sum += exp_negative((d - softmax.max) * softmax.inverse);
-    }
+    for (int64_t i = 0; i < last - first; i += 8) sum += exp_negative((widen8(buffer + i) - softmax.max) * softmax.inverse);
   }
-  return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+  return fold_sum(sum);
 }
 
 // The k-th largest maximum of a tile, or -inf: no fewer than k columns are as large.

@@ -20,22 +20,32 @@
 namespace edlm {
 namespace {
 
+// Row r = b * length + l of the logits.
+struct Index {
+  int64_t row, b, l;
+  Index(const SampleArgs& args, int64_t r) : row(r), b(args.length == 1 ? r : r / args.length), l(r - b * args.length) {}
+};
+
 template <class T>
-Row<T> row_of(const SampleArgs& args, int64_t row) {
-  const int64_t b = row / args.length, l = row % args.length;
-  return {static_cast<const T*>(args.logits) + b * args.stride_b + l * args.stride_l, args.vocab, args.forbidden, args.num_forbidden};
+Row<T> row_of(const SampleArgs& args, const Index& at) {
+  return {static_cast<const T*>(args.logits) + at.b * args.stride_b + at.l * args.stride_l, args.vocab, args.forbidden,
+          args.num_forbidden};
 }
 
-int64_t position_of(const SampleArgs& args, int64_t row) { return args.position ? args.position[row] : row % args.length; }
+// Draws k .. k + 7 of a row.
+void uniforms_of(const SampleArgs& args, const Index& at, int64_t k, Uniforms8* u) {
+  philox_uniform8(args.seed[at.b], args.position ? args.position[at.row] : at.l, k, args.offset[at.b * args.offset_stride],
+                  Purpose::kToken, u);
+}
 
 template <class T>
-void tile_masses_of(const SampleArgs& args, int64_t row, int64_t begin, int64_t end, TileMass* tiles) {
+void tile_masses_of(const SampleArgs& args, int64_t r, int64_t begin, int64_t end, TileMass* tiles) {
   const float inverse = static_cast<float>(inverse_temperature(args.temperature));
   if (args.vocab <= kSmallVocab) return;
   if (args.temperature == 1.0)
-    read_tiles<false, false>(row_of<T>(args, row), inverse, begin, end, tiles);
+    read_tiles<false, false>(row_of<T>(args, {args, r}), inverse, begin, end, tiles);
   else
-    read_tiles<true, true>(row_of<T>(args, row), inverse, begin, end, tiles);
+    read_tiles<true, true>(row_of<T>(args, {args, r}), inverse, begin, end, tiles);
 }
 
 // A block of 64 columns, in two stages: four groups of sixteen by their sums in float, as the tile's blocks are; then the columns of one
@@ -49,9 +59,12 @@ struct Block {
 
 template <class T>
 void read_block(const Row<T>& row, int64_t first, float max, float inverse, Block* block) {
-  copy_columns(row, first, first + kBlock < row.vocab ? first + kBlock : row.vocab, block->logits);
   f32x16 e[kGroups];
-  for (int g = 0; g < kGroups; ++g) e[g] = exp_negative((load16(block->logits + kGroup * g) - max) * inverse);
+  for (int g = 0; g < kGroups; ++g) {
+    const f32x16 v = read16(row, first + kGroup * g);
+    std::memcpy(block->logits + kGroup * g, &v, sizeof v);
+    e[g] = exp_negative((v - max) * inverse);
+  }
   const f32x4 sum = fold_sums(e[0], e[1], e[2], e[3]);
   block->group[0] = sum[0];
   for (int g = 1; g < kGroups; ++g) block->group[g] = block->group[g - 1] + static_cast<double>(sum[g]);
@@ -59,14 +72,10 @@ void read_block(const Row<T>& row, int64_t first, float max, float inverse, Bloc
 
 // Prefix sums of a group's sixteen columns.
 inline void read_group(const float* logits, float max, double inverse, double* prefix) {
-  for (int half = 0; half < kGroup; half += 8) {
-    f64x8 d;
-    for (int j = 0; j < 8; ++j) d[j] = logits[half + j];
-    const f64x8 e = exp_negative((d - static_cast<double>(max)) * inverse);
-    std::memcpy(prefix + half, &e, sizeof e);
-  }
-  for (int j = 1; j < 8; ++j) prefix[j] += prefix[j - 1], prefix[8 + j] += prefix[7 + j];
-  for (int j = 8; j < kGroup; ++j) prefix[j] += prefix[7];
+  const f64x8 first = scan(exp_negative((widen8(logits) - static_cast<double>(max)) * inverse));
+  const f64x8 second = scan(exp_negative((widen8(logits + 8) - static_cast<double>(max)) * inverse)) + first[7];
+  std::memcpy(prefix, &first, sizeof first);
+  std::memcpy(prefix + 8, &second, sizeof second);
 }
 
 // The index that `share` of the mass points at; the last one that has mass where rounding leaves none.
@@ -145,12 +154,10 @@ int64_t argmax(const Row<T>& row, const TileMass* tiles, float max) {
   return 0;  // not reached: some tile attains the maximum
 }
 
-double clamp_max_0(double x) { return x < 0 ? x : 0; }
-
 // Whatever the caller does with the report, no id that it reads is out of range.
-int64_t fail_row(const SampleArgs& args, int64_t b, int64_t l, int64_t code) {
+int64_t fail_row(const SampleArgs& args, const Index& at, int64_t code) {
   for (int64_t k = 0; k < args.num_samples; ++k) {
-    const int64_t out = (b * args.num_samples + k) * args.length + l;
+    const int64_t out = (at.b * args.num_samples + k) * args.length + at.l;
     args.tokens[out] = 0;
     args.log_probs[out] = __builtin_nanf("");
     if (args.model_log_probs) args.model_log_probs[out] = __builtin_nanf("");
@@ -200,37 +207,44 @@ Total prefix_of(const SampleArgs& args, Row<T>& row, TileMass* tiles, double* sc
   return result;
 }
 
-// Where the draws of a row go, and how their log-probabilities follow from the row's normalisers.
-struct Writer {
-  const SampleArgs& args;
-  int64_t b, l;
-  double max, inverse, log_total, log_model_total;
+// A rounded log-probability is never above 0.
+float bounded(double log_prob) { return static_cast<float>(log_prob < 0 ? log_prob : 0); }
 
-  void draw(int64_t k, const Column& column) const { write(k, column, (column.logit - max) * inverse - log_total); }
-  void greedy(const Column& column) const {
-    for (int64_t k = 0; k < args.num_samples; ++k) write(k, column, 0);
+// Where a row's draws go. A copy of its own: what it stores might otherwise, for all that the compiler knows, change `args`.
+struct Output {
+  int64_t* tokens;
+  float *log_probs, *model_log_probs;
+  int64_t stride;
+
+  Output(const SampleArgs& args, const Index& at) : stride(args.length) {
+    const int64_t first = at.b * args.num_samples * args.length + at.l;
+    tokens = args.tokens + first;
+    log_probs = args.log_probs + first;
+    model_log_probs = args.model_log_probs ? args.model_log_probs + first : nullptr;
   }
 
- private:
-  void write(int64_t k, const Column& column, double log_prob) const {
-    const int64_t out = (b * args.num_samples + k) * args.length + l;
-    args.tokens[out] = column.id;
-    args.log_probs[out] = static_cast<float>(clamp_max_0(log_prob));
-    if (args.model_log_probs) args.model_log_probs[out] = static_cast<float>(clamp_max_0((column.logit - max) - log_model_total));
+  void write(int64_t k, int64_t id, float log_prob, float model_log_prob) const {
+    tokens[k * stride] = id;
+    log_probs[k * stride] = log_prob;
+    if (model_log_probs) model_log_probs[k * stride] = model_log_prob;
   }
 };
 
 template <class T>
 int64_t draw_large(const SampleArgs& args, int64_t r, TileMass* tiles, double* scratch) {
-  const int64_t b = r / args.length, l = r % args.length, n = num_tiles(args.vocab);
-  Row<T> row = row_of<T>(args, r);
+  const int64_t n = num_tiles(args.vocab);
+  const Index at(args, r);
+  Row<T> row = row_of<T>(args, at);
   const Total sum = prefix_of(args, row, tiles, scratch);
-  if (sum.code >= 0) return fail_row(args, b, l, sum.code);
+  if (sum.code >= 0) return fail_row(args, at, sum.code);
 
   const double inverse = inverse_temperature(args.temperature);
-  const Writer out{args, b, l, sum.max, inverse, std::log(sum.total), std::log(sum.model_total)};
+  const Output out(args, at);
+  const double max = sum.max, log_total = std::log(sum.total);
+  const double log_model_total = args.model_log_probs ? std::log(sum.model_total) : 0;
   if (args.temperature == 0) {
-    out.greedy({argmax(row, tiles, sum.max), sum.max});
+    const int64_t id = argmax(row, tiles, sum.max);
+    for (int64_t k = 0; k < args.num_samples; ++k) out.write(k, id, 0, bounded(-log_model_total));
     return -1;
   }
   Uniforms8 u;
@@ -239,7 +253,7 @@ int64_t draw_large(const SampleArgs& args, int64_t r, TileMass* tiles, double* s
   Place place[8];
   for (int64_t k = 0; k < args.num_samples; k += 8) {
     const int draws = args.num_samples - k < 8 ? static_cast<int>(args.num_samples - k) : 8;
-    philox_uniform8(args.seed[b], position_of(args, r), k, args.offset[b * args.offset_stride], Purpose::kToken, &u);
+    uniforms_of(args, at, k, &u);
     for (int j = 0; j < 8; ++j) target[j] = u.first[j] * sum.total;
     upper_bounds(scratch, n, target, tile);
     for (int j = 0; j < draws; ++j) {
@@ -247,7 +261,11 @@ int64_t draw_large(const SampleArgs& args, int64_t r, TileMass* tiles, double* s
       const T* x = row.x + place[j].tile * kTile + place[j].block * kBlock;  // most likely in the second cache level by now
       for (size_t line = 0; line < kBlock * sizeof(T); line += 64) __builtin_prefetch(reinterpret_cast<const char*>(x) + line);
     }
-    for (int j = 0; j < draws; ++j) out.draw(k + j, draw_column(row, place[j], tiles[tile[j]], inverse));
+    for (int j = 0; j < draws; ++j) {
+      const Column column = draw_column(row, place[j], tiles[tile[j]], inverse);
+      const double d = column.logit - max;
+      out.write(k + j, column.id, bounded(d * inverse - log_total), bounded(d - log_model_total));
+    }
   }
   return -1;
 }
@@ -264,32 +282,26 @@ struct SmallRow {
 
 template <class T>
 void read_small(const Row<T>& row, double inverse, bool has_model, SmallRow* small) {
-  copy_columns(row, 0, row.vocab, small->logits);
   small->count = static_cast<int>(row.vocab + 7) / 8 * 8;
   f32x16 max = splat(kMinusInf);
-  for (int i = 0; i < row.vocab; i += 16) max = max_or_second(load16(small->logits + i), max);
+  for (int i = 0; i < row.vocab; i += 16) {
+    const f32x16 v = read16(row, i);
+    std::memcpy(small->logits + i, &v, sizeof v);
+    max = max_or_second(v, max);
+  }
   small->max = fold_max(max);
   const double reference = small->max == kMinusInf ? 0.0 : small->max;
   f64x8 model = splat(0.0);
-  for (int i = 0; i < small->count; i += 8) {
-    f64x8 d;
-    for (int j = 0; j < 8; ++j) d[j] = small->logits[i + j];
-    d -= reference;
-    const f64x8 e = exp_negative(d * inverse);
-    if (has_model) model += exp_negative(d);
-    std::memcpy(small->prefix + i, &e, sizeof e);
-  }
-  small->model_total = ((model[0] + model[1]) + (model[2] + model[3])) + ((model[4] + model[5]) + (model[6] + model[7]));
   double carry = 0;
-  for (int i = 0; i < small->count; i += 8) {  // the chains of different eights do not wait for each other
-    double* p = small->prefix + i;
-    for (int j = 1; j < 8; ++j) p[j] += p[j - 1];
-    const double sum = p[7];
-    for (int j = 0; j < 8; ++j) p[j] += carry;
-    carry += sum;
+  for (int i = 0; i < small->count; i += 8) {
+    const f64x8 d = widen8(small->logits + i) - reference;
+    if (has_model) model += exp_negative(d);
+    const f64x8 prefix = scan(exp_negative(d * inverse)) + carry;
+    std::memcpy(small->prefix + i, &prefix, sizeof prefix);
+    carry = prefix[7];
   }
-  // One sum, twice: p[7] + carry and carry + sum are the same number.
   small->total = carry;
+  small->model_total = fold_sum(model);
   for (small->last = small->count - 1; small->last > 0 && !(small->prefix[small->last - 1] < carry);) --small->last;
 }
 
@@ -312,30 +324,42 @@ int64_t prepare_small(const SampleArgs& args, Row<T>& row, double* scratch, Smal
 
 template <class T>
 int64_t draw_small(const SampleArgs& args, int64_t r, double* scratch) {
-  const int64_t b = r / args.length, l = r % args.length;
-  Row<T> row = row_of<T>(args, r);
+  const Index at(args, r);
+  Row<T> row = row_of<T>(args, at);
   SmallRow small;
   const int64_t code = prepare_small(args, row, scratch, &small);
-  if (code >= 0) return fail_row(args, b, l, code);
+  if (code >= 0) return fail_row(args, at, code);
 
-  const Writer out{args, b, l, small.max, inverse_temperature(args.temperature), std::log(small.total), std::log(small.model_total)};
+  const Output out(args, at);
+  const int64_t num_samples = args.num_samples;
+  const double log_total = std::log(small.total), log_model_total = args.model_log_probs ? std::log(small.model_total) : 0;
   if (args.temperature == 0) {
     int id = 0;
     while (small.logits[id] != small.max) ++id;
-    out.greedy({id, small.max});
+    for (int64_t k = 0; k < num_samples; ++k) out.write(k, id, 0, bounded(-log_model_total));
     return -1;
   }
+  alignas(64) float log_probs[kSmallVocab], model_log_probs[kSmallVocab];
+  const double inverse = inverse_temperature(args.temperature);
+  for (int i = 0; i < small.count; i += 8) {
+    const f64x8 d = widen8(small.logits + i) - static_cast<double>(small.max);
+    narrow8(d * inverse - log_total, log_probs + i);
+    narrow8(d - log_model_total, model_log_probs + i);
+  }
   Uniforms8 u;
-  for (int64_t k = 0; k < args.num_samples; k += 8) {
-    philox_uniform8(args.seed[b], position_of(args, r), k, args.offset[b * args.offset_stride], Purpose::kToken, &u);
+  for (int64_t k = 0; k < num_samples; k += 8) {
+    uniforms_of(args, at, k, &u);
     f64x8 target;
     std::memcpy(&target, u.second, sizeof target);  // there is one tile, for the first to choose from
     target *= small.total;
     i64x8 index = {};
-    for (int i = 0; i < small.count; ++i) index -= splat(small.prefix[i]) <= target;
-    for (int64_t j = 0; j < 8 && k + j < args.num_samples; ++j) {
-      const int64_t id = index[j] < small.last ? index[j] : small.last;
-      out.draw(k + j, {id, small.logits[id]});
+    for (int i = 0; i < small.count; i += 8)
+      for (int j = 0; j < 8; ++j) index -= splat(small.prefix[i + j]) <= target;
+    int64_t ids[8];
+    std::memcpy(ids, &index, sizeof index);
+    for (int64_t j = 0; j < 8 && k + j < num_samples; ++j) {
+      const int64_t id = ids[j] < small.last ? ids[j] : small.last;
+      out.write(k + j, id, log_probs[id] < 0 ? log_probs[id] : 0, model_log_probs[id] < 0 ? model_log_probs[id] : 0);
     }
   }
   return -1;
@@ -348,7 +372,7 @@ int64_t draw_of(const SampleArgs& args, int64_t row, TileMass* tiles, double* sc
 
 template <class T>
 int64_t law_of(const SampleArgs& args, int64_t r, TileMass* tiles, double* scratch, double* probs) {
-  Row<T> row = row_of<T>(args, r);
+  Row<T> row = row_of<T>(args, {args, r});
   if (args.vocab <= kSmallVocab) {
     SmallRow small;
     const int64_t code = prepare_small(args, row, scratch, &small);
@@ -378,12 +402,6 @@ int64_t law_of(const SampleArgs& args, int64_t r, TileMass* tiles, double* scrat
   }
   return -1;
 }
-
-// Calls kernel<T>(...) for the type of the logits.
-#define EDLM_BY_DTYPE(kernel, ...)                                 \
-  (args.dtype == DType::kFloat32    ? kernel<float>(__VA_ARGS__)   \
-   : args.dtype == DType::kBFloat16 ? kernel<bf16>(__VA_ARGS__)    \
-                                    : kernel<f16>(__VA_ARGS__))
 
 void tile_masses(const SampleArgs& args, int64_t row, int64_t begin, int64_t end, TileMass* tiles) {
   EDLM_BY_DTYPE(tile_masses_of, args, row, begin, end, tiles);

@@ -28,20 +28,29 @@ using i64x8 = int64_t __attribute__((vector_size(64)));
 using u64x8 = uint64_t __attribute__((vector_size(64)));
 
 struct bf16 {
+  static constexpr uint16_t kMinusInf = 0xFF80;
   uint16_t bits;
 };
 
 struct f16 {
+  static constexpr uint16_t kMinusInf = 0xFC00;
   uint16_t bits;
 };
 
-inline f32x16 splat(float x) { return f32x16{} + x; }
-inline f64x8 splat(double x) { return f64x8{} + x; }
+// Not f64x8{} + x, which must add: -0.0 + 0.0 is +0.0.
+inline f32x16 splat(float x) { return f32x16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+inline f64x8 splat(double x) { return f64x8{x, x, x, x, x, x, x, x}; }
 
 inline f32x16 load16(const float* p) {
   f32x16 v;
   std::memcpy(&v, p, sizeof v);
   return v;
+}
+
+inline f32x16 load16(const bf16* p) {
+  u16x16 half;
+  std::memcpy(&half, p, sizeof half);
+  return reinterpret_cast<f32x16>(__builtin_convertvector(half, u32x16) << 16);
 }
 
 // Thirty-two columns at p: two of them share a 32-bit word, so that a shift and a mask are all it takes. first and second hold them in
@@ -57,7 +66,7 @@ inline f32x16 load16(const f16* p) {
 #if defined(__AVX512F__)
   __m256i half;
   std::memcpy(&half, p, sizeof half);
-  return reinterpret_cast<f32x16>(_mm512_cvtph_ps(half));
+  return reinterpret_cast<f32x16>(_mm512_maskz_cvtph_ps(0xFFFF, half));
 #elif defined(__F16C__)
   __m128i half[2];
   std::memcpy(half, p, sizeof half);
@@ -77,31 +86,68 @@ inline f32x16 load16(const f16* p) {
 #endif
 }
 
+// The first `count` of sixteen lanes from p, the rest -inf.
+inline f32x16 load_first(const float* p, int count) {
+  const float nothing = -__builtin_inff();
+#if defined(__AVX512F__)
+  return reinterpret_cast<f32x16>(_mm512_mask_loadu_ps(_mm512_set1_ps(nothing), (1u << count) - 1, p));
+#else
+  float lanes[16];
+  for (int i = 0; i < 16; ++i) lanes[i] = i < count ? p[i] : nothing;
+  return load16(lanes);
+#endif
+}
+
+template <class T>
+f32x16 load_first(const T* p, int count) {
+  T lanes[16];
+  const uint16_t nothing = T::kMinusInf;
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const __m256i v = _mm256_mask_loadu_epi16(_mm256_set1_epi16(static_cast<int16_t>(nothing)), (1u << count) - 1, p);
+  std::memcpy(lanes, &v, sizeof v);
+#else
+  for (int i = 0; i < 16; ++i) lanes[i].bits = i < count ? p[i].bits : nothing;
+#endif
+  return load16(lanes);
+}
+
+// Lanes where the mask is not 0 become -inf.
+inline f32x16 exclude(f32x16 v, i32x16 mask) {
+  const i32x16 nothing = i32x16{} + static_cast<int32_t>(0xFF800000);
+  return reinterpret_cast<f32x16>((reinterpret_cast<i32x16>(v) & ~mask) | (nothing & mask));
+}
+
 inline void load32(const f16* p, f32x16* first, f32x16* second) {
   *first = load16(p);
   *second = load16(p + 16);
 }
 
-inline float to_float(float x) { return x; }
+// `count` floats to p, rounded to the nearest, ties to even.
+inline void store(const float* x, int64_t count, float* p) { std::memcpy(p, x, count * sizeof *p); }
 
-inline float to_float(bf16 x) {
-  const uint32_t wide = uint32_t{x.bits} << 16;
-  float f;
-  std::memcpy(&f, &wide, sizeof f);
-  return f;
+inline void store(const float* x, int64_t count, bf16* p) {
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    const uint32_t rounded = (bits + 0x7FFFu + (bits >> 16 & 1)) >> 16;
+    p[i].bits = static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
+  }
 }
 
-inline float to_float(f16 x) {
-  const uint32_t bits = x.bits;
-  const uint32_t scaled_bits = (bits & 0x7FFFu) << 13;
-  float f;
-  std::memcpy(&f, &scaled_bits, sizeof f);
-  f *= 0x1.0p112f;
-  uint32_t wide;
-  std::memcpy(&wide, &f, sizeof wide);
-  wide |= ((bits & 0x7C00u) == 0x7C00u ? 0x7F800000u : 0u) | (bits & 0x8000u) << 16;
-  std::memcpy(&f, &wide, sizeof f);
-  return f;
+inline void store(const float* x, int64_t count, f16* p) {
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits, half;
+    std::memcpy(&bits, x + i, sizeof bits);
+    const uint32_t sign = bits >> 16 & 0x8000u, size = bits & 0x7FFFFFFFu;
+    float denormal;  // 0.5 has the spacing of half's denormals: the addition rounds
+    std::memcpy(&denormal, &size, sizeof denormal);
+    denormal += 0.5f;
+    std::memcpy(&half, &denormal, sizeof half);
+    half -= 0x3F000000u;
+    if (size >= 0x38800000u) half = (size - 0x38000000u + 0xFFFu + (size >> 13 & 1)) >> 13;
+    if (size >= 0x47800000u) half = size > 0x7F800000u ? 0x7E00u : 0x7C00u;
+    p[i].bits = static_cast<uint16_t>(sign | half);
+  }
 }
 
 // The larger of each lane; b where either is NaN. That is what the x86 instruction does; GCC turns the same ternary on vectors wider
@@ -170,11 +216,43 @@ inline float fold_sum(f32x16 v) {
 }
 
 inline float fold_max(f32x16 v) {
-  float lane[16];
-  std::memcpy(lane, &v, sizeof lane);
-  for (int width = 8; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
-  return lane[0];
+  f32x4 q[4];
+  std::memcpy(q, &v, sizeof q);
+  q[0] = q[0] > q[1] ? q[0] : q[1];
+  q[2] = q[2] > q[3] ? q[2] : q[3];
+  q[0] = q[0] > q[2] ? q[0] : q[2];
+  const float a = q[0][0] > q[0][1] ? q[0][0] : q[0][1], b = q[0][2] > q[0][3] ? q[0][2] : q[0][3];
+  return a > b ? a : b;
+}
+
+inline double fold_sum(f64x8 v) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])); }
+
+// Eight floats as doubles.
+inline f64x8 widen8(const float* p) {
+  f32x8 v;
+  std::memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, f64x8);
+}
+
+inline void narrow8(f64x8 v, float* p) {
+  const f32x8 narrow = __builtin_convertvector(v, f32x8);
+  std::memcpy(p, &narrow, sizeof narrow);
+}
+
+// Prefix sums of eight lanes.
+inline f64x8 scan(f64x8 v) {
+#if defined(__AVX512F__)
+  // Three shifts, where a chain would wait for seven additions and then for its own stores.
+  const __m512i by_1 = _mm512_setr_epi64(0, 0, 1, 2, 3, 4, 5, 6), by_2 = _mm512_setr_epi64(0, 0, 0, 1, 2, 3, 4, 5);
+  const __m512i by_4 = _mm512_setr_epi64(0, 0, 0, 0, 0, 1, 2, 3);
+  v += reinterpret_cast<f64x8>(_mm512_maskz_permutexvar_pd(0xFE, by_1, reinterpret_cast<__m512d>(v)));
+  v += reinterpret_cast<f64x8>(_mm512_maskz_permutexvar_pd(0xFC, by_2, reinterpret_cast<__m512d>(v)));
+  v += reinterpret_cast<f64x8>(_mm512_maskz_permutexvar_pd(0xF0, by_4, reinterpret_cast<__m512d>(v)));
+  return v;
+#else
+  for (int i = 1; i < 8; ++i) v[i] += v[i - 1];
+  return v;
+#endif
 }
 
 // exp(d) for d <= 0, relative error below 3e-7 (and mean error below 2e-8); exactly 0 below -88; NaN stays NaN. A minimax polynomial of

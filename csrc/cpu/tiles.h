@@ -30,20 +30,32 @@ bool excludes(const Row<T>& row, int64_t begin, int64_t end) {
   return false;
 }
 
-// Columns [begin, end) as floats, the excluded ones at -inf, padded with -inf up to a multiple of kBlock.
+// Columns begin .. begin + 15 as floats; the excluded ones, and what lies beyond the vocabulary, are -inf.
+template <class T>
+f32x16 read16(const Row<T>& row, int64_t begin) {
+  const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const int64_t left = row.vocab - begin;
+  if (left <= 0) return splat(kMinusInf);
+  f32x16 v = left >= 16 ? load16(row.x + begin) : load_first(row.x + begin, static_cast<int>(left));
+  for (int64_t i = 0; i < row.num_forbidden; ++i) {
+    const int64_t at = row.forbidden[i] - begin;
+    if (at >= 0 && at < 16) v = exclude(v, lane == static_cast<int32_t>(at));
+  }
+  if (row.is_cut) {
+    const int64_t ties = row.tie_end - begin;
+    const i32x16 is_tie = lane < static_cast<int32_t>(ties < 0 ? 0 : ties > 16 ? 16 : ties);
+    v = exclude(v, ~((v > row.cut) | ((v == row.cut) & is_tie)));
+  }
+  return v;
+}
+
+// The same for [begin, end), padded with -inf up to a multiple of kBlock.
 template <class T>
 void copy_columns(const Row<T>& row, int64_t begin, int64_t end, float* out) {
-  const int count = static_cast<int>(end - begin);
-  const int padded = (count + kBlock - 1) / kBlock * kBlock;
-  for (int i = 0; i < count; ++i) out[i] = to_float(row.x[begin + i]);
-  for (int i = count; i < padded; ++i) out[i] = kMinusInf;
-  for (int64_t i = 0; i < row.num_forbidden; ++i) {
-    const int64_t id = row.forbidden[i];
-    if (id >= begin && id < end) out[id - begin] = kMinusInf;
+  for (int64_t i = 0; i < (end - begin + kBlock - 1) / kBlock * kBlock; i += 16) {
+    const f32x16 v = read16(row, begin + i);
+    std::memcpy(out + i, &v, sizeof v);
   }
-  if (!row.is_cut) return;
-  const int64_t ties = row.tie_end - begin;
-  for (int i = 0; i < count; ++i) out[i] = (out[i] > row.cut) | ((out[i] == row.cut) & (i < ties)) ? out[i] : kMinusInf;
 }
 
 // Bytes that are fetched ahead of those that are exponentiated: two pages, which the processor's own prefetchers do not cross. (A tile
@@ -123,6 +135,12 @@ void read_tiles(const Row<T>& row, float inverse, int64_t begin, int64_t end, Ti
     }
   }
 }
+
+// Calls kernel<T>(...) for the type of the logits.
+#define EDLM_BY_DTYPE(kernel, ...)                                 \
+  (args.dtype == DType::kFloat32    ? kernel<float>(__VA_ARGS__)   \
+   : args.dtype == DType::kBFloat16 ? kernel<bf16>(__VA_ARGS__)    \
+                                    : kernel<f16>(__VA_ARGS__))
 
 inline double tile_sum(const TileMass& tile) {
   double sum = 0;

@@ -10,7 +10,7 @@ namespace {
 // The products of the low 32 bits of each lane. Named, because compilers make of the plain product one of 64 by 64 bits.
 inline u64x8 multiply_low(u64x8 a, u64x8 b) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<u64x8>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+  return reinterpret_cast<u64x8>(_mm512_maskz_mul_epu32(0xFF, reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
 #elif defined(__AVX2__)
   __m256i x[2], y[2];
   std::memcpy(x, &a, sizeof x), std::memcpy(y, &b, sizeof y);

@@ -120,14 +120,40 @@ def test_linear_finite_differences(device):
         assert abs((values[0] - values[1]) / (2 * step) - hidden.grad[index]) < 2e-3
 
 
-def test_chunks_change_nothing_but_rounding(monkeypatch, device):
-    hidden, weight, bias, tokens = (x.to(device) for x in linear_case(n=29))
-    logits = torch.randn(29, 17, device=device)
-    whole = linear_log_probs(hidden, weight, tokens, bias), gather_log_probs(logits, tokens)
-    monkeypatch.setattr(log_probs, "_CHUNK_BYTES", 4 * 17 * 3)
-    assert log_probs._rows_per_chunk(17) == 3
-    torch.testing.assert_close(linear_log_probs(hidden, weight, tokens, bias), whole[0], atol=1e-6, rtol=0)
-    torch.testing.assert_close(gather_log_probs(logits, tokens), whole[1], atol=1e-6, rtol=0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_change_nothing_but_rounding(dtype, monkeypatch, device):
+    """One chunk, and fifteen of seven rows by one tile: values and gradients."""
+    hidden, weight, bias, tokens = (x.to(device) for x in linear_case(n=29, v=1300, dtype=dtype))
+    logits = torch.randn(29, 1300, device=device)
+
+    def everything():
+        inputs = [x.detach().requires_grad_() for x in (hidden, weight, bias)]
+        out = linear_log_probs(inputs[0], inputs[1], tokens, inputs[2], forbidden=[1299, 3])
+        (out * torch.arange(29, device=device)).sum().backward()
+        return out.detach(), *(x.grad.float() for x in inputs), gather_log_probs(logits, tokens)
+
+    whole = everything()
+    assert log_probs._chunk_shape(29, 1300) == (29, 1300)
+    monkeypatch.setattr(log_probs, "_CHUNK_BYTES", 4 * 7 * 512)
+    monkeypatch.setattr(log_probs, "_CHUNK_ROWS", 7)
+    assert log_probs._chunk_shape(29, 1300) == (7, 512)
+    for chunked, one in zip(everything(), whole, strict=True):
+        torch.testing.assert_close(chunked, one, atol=2e-5 if dtype == torch.float32 else 0.05, rtol=0)
+
+
+def test_only_what_is_needed_is_computed(device):
+    """A frozen weight gets no gradient, and costs none: the op returns an empty tensor for it."""
+    hidden, weight, bias, tokens = (x.to(device) for x in linear_case())
+    for needed in range(3):
+        inputs = [x.detach().requires_grad_(i == needed) for i, x in enumerate((hidden, weight, bias))]
+        linear_log_probs(inputs[0], inputs[1], tokens, inputs[2]).sum().backward()
+        assert [x.grad is not None for x in inputs] == [i == needed for i in range(3)]
+    stats = torch.zeros(13, 2, device=device)
+    empty = torch.empty(0, dtype=torch.int64, device=device)
+    grads = torch.ops.edlm.linear_log_probs_backward(
+        torch.ones(13, device=device), hidden, weight, tokens, stats, bias, empty, [True, False, False]
+    )
+    assert [g.numel() for g in grads] == [hidden.numel(), 0, 0]
 
 
 def test_linear_never_stores_all_logits():

@@ -21,7 +21,7 @@ def samples():
     """op -> argument tuples for opcheck."""
     grad = {"requires_grad": True}
     hidden, weight, bias = torch.randn(6, 4, **grad), torch.randn(9, 4, **grad), torch.randn(9, **grad)
-    lse = torch.randn(6)
+    stats, tokens = torch.randn(6, 2), TOKENS[:, 0].contiguous()
     return {
         "sample_candidates": [
             (LOGITS, XT, 8, 2, None, 1.0, 0, 1.0, 0.0, SEEDS, ZERO),
@@ -32,15 +32,20 @@ def samples():
             (LOGITS[0], 3, torch.arange(4), 1.0, 0, 1.0, 0.0, N0, torch.arange(4), ZERO),
             (LOGITS[0], 3, torch.arange(4), 0.0, 0, 1.0, 0.0, ZERO, torch.arange(4), ZERO),
         ],
-        "gather_log_probs": [(torch.randn(6, 9, **grad), TOKENS, 0.7, N0), (torch.randn(6, 9), TOKENS, 1.0, torch.tensor([8]))],
-        "gather_log_probs_backward": [(torch.randn(6, 2), torch.randn(6, 9), TOKENS, lse, 1.0, N0)],
-        "linear_log_probs": [
-            (hidden, weight, TOKENS[:, 0].contiguous(), bias, N0),
-            (hidden, weight, TOKENS[:, 0].contiguous(), None, N0),
+        "gather_log_probs": [
+            (torch.randn(2, 3, 9, **grad), TOKENS.view(2, 3, 2), 0.7, N0),
+            (torch.randn(1, 6, 9), TOKENS[None], 1.0, torch.tensor([8])),
         ],
+        "gather_log_probs_backward": [
+            (torch.randn(2, 3, 2), torch.randn(2, 3, 9), TOKENS.view(2, 3, 2), torch.randn(2, 3, 2), 1.0, N0)
+        ],
+        "linear_log_probs": [(hidden, weight, tokens, bias, N0), (hidden, weight, tokens, None, N0)],
         "linear_log_probs_backward": [
-            (torch.randn(6), hidden.detach(), weight.detach(), TOKENS[:, 0].contiguous(), lse, None, N0)
+            (torch.randn(6), hidden.detach(), weight.detach(), tokens, stats, None, N0, [True, False, False]),
+            (torch.randn(6), hidden.detach(), weight.detach(), tokens, stats, bias.detach(), ZERO, [True, True, True]),
         ],
+        "linear_fold": [(torch.rand(6, 3, dtype=torch.float64), torch.randn(6, 4), tokens - 3, N0)],
+        "linear_grad": [(torch.randn(6, 4), torch.randn(6), tokens - 3, stats, torch.tensor([2]))],
         "select_candidate": [
             (torch.randn(4, 3).T, 1.0, None, SEEDS, ZERO),
             (torch.randn(3, 4), 0.5, torch.randn(3, 4), SEEDS, SEEDS),

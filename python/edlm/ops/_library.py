@@ -19,7 +19,7 @@ import torch
 ABI = 2
 
 _LIBRARY = torch.library.Library("edlm", "DEF")
-_OPS: list[str] = []
+_OPS: dict[str, str] = {}  # name -> the op whose kernel does its work: itself, for all but those made of others
 
 
 def _find(stem: str) -> Path | None:
@@ -61,8 +61,11 @@ def _load() -> dict[str, Path]:
 LOADED = _load()
 
 
-def define_op(schema: str, reference: Callable, fake: Callable) -> Callable:
-    """Define ``edlm::<schema>`` with its reference (any device without a kernel of its own) and its fake; return the op."""
+def define_op(schema: str, reference: Callable, fake: Callable, made_of: str | None = None) -> Callable:
+    """Define ``edlm::<schema>`` with its reference (any device without a kernel of its own) and its fake; return the op.
+
+    ``made_of``: the op whose kernel ``reference`` calls, where it has none of its own on any device.
+    """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -73,7 +76,7 @@ def define_op(schema: str, reference: Callable, fake: Callable) -> Callable:
 
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"edlm::{name}", fake, lib=_LIBRARY)
-    _OPS.append(name)
+    _OPS[name] = made_of or name
     return getattr(torch.ops.edlm, name).default
 
 
@@ -94,7 +97,7 @@ def backends() -> dict[str, dict[str, str]]:
         compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"edlm::{name}", key)
         return "compiled" if compiled else "reference"
 
-    return {name: {"cpu": kind(name, "CPU"), "cuda": kind(name, "CUDA")} for name in _OPS}
+    return {name: {"cpu": kind(kernel, "CPU"), "cuda": kind(kernel, "CUDA")} for name, kernel in _OPS.items()}
 
 
 def check_logits(name: str, logits: torch.Tensor, dims: str) -> None:
@@ -107,6 +110,11 @@ def check_logits(name: str, logits: torch.Tensor, dims: str) -> None:
         raise ValueError(f"{name}: logits: expected the shape {dims}, got {list(logits.shape)}")
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"{name}: logits: expected a vocabulary of at least one column, got the shape {list(logits.shape)}")
+
+
+def unit_stride(logits: torch.Tensor) -> torch.Tensor:
+    """NOTE: kernels read unit stride in V; anything else costs one copy, here and nowhere else."""
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
 def check_tensor(

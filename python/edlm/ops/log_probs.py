@@ -1,6 +1,7 @@
 """Log-probabilities of given tokens, without a vocabulary-sized result: ``gather_log_probs`` and ``linear_log_probs``.
 
-Both are differentiable and recompute in the backward; both accumulate in float32 or wider whatever the input's dtype.
+Both are differentiable and recompute in the backward; both accumulate in float32 or wider whatever the input's dtype. Kernels:
+csrc/cpu/log_probs.cpp. The products of ``linear_log_probs`` are torch's, a chunk at a time; what is done to a chunk is a kernel.
 """
 
 from __future__ import annotations
@@ -9,22 +10,21 @@ import math
 
 import torch
 
-from ._library import check_invalid, check_logits, check_tensor, define_op, forbidden_ids, register_backward
+from ._library import check_invalid, check_logits, check_tensor, define_op, forbidden_ids, register_backward, unit_stride
 
-# A chunk of rows whose float32 logits take about this much: large enough for a matrix product, small enough for a cache level.
-_CHUNK_BYTES = 16 << 20
-
-
-def _rows_per_chunk(columns: int) -> int:
-    return max(1, _CHUNK_BYTES // (4 * columns))
+# Bytes of the largest buffer of the references, and of a chunk of linear_log_probs: small beside a cache, large enough for a product.
+_CHUNK_BYTES = 8 << 20
+_CHUNK_ROWS = 1024
+_TILE = 512  # chunks are whole tiles, so that sums do not depend on where a chunk ends
 
 
-def _centred(x: torch.Tensor, forbidden: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """(x - max) / temperature in float32, a copy, with forbidden columns at -inf: a shift costs no precision."""
+def _centred(x: torch.Tensor, forbidden: torch.Tensor, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x - max) / temperature in float32, a copy, with forbidden columns at -inf: a shift costs no precision. And max [..., 1]."""
     x = x.float()
     if forbidden.numel():
         x = x.index_fill(-1, forbidden, -math.inf)
-    return (x - x.amax(-1, keepdim=True)) / temperature
+    top = x.amax(-1, keepdim=True)
+    return (x - top) / temperature, top
 
 
 # --- gather_log_probs -----------------------------------------------------------------------------------------------------------
@@ -33,20 +33,25 @@ def _centred(x: torch.Tensor, forbidden: torch.Tensor, temperature: float = 1.0)
 def _gather_reference(
     logits: torch.Tensor, tokens: torch.Tensor, temperature: float, forbidden: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[N, V], [N, K] -> log_probs [N, K], lse [N] of the centred logits, invalid [1]: the first row with a bad id, or -1."""
-    n, vocab_size = logits.shape
-    out = torch.empty(tokens.shape, dtype=torch.float32, device=logits.device)
-    lse = torch.empty(n, dtype=torch.float32, device=logits.device)
-    bad = ((tokens < 0) | (tokens >= vocab_size)).any(-1)
-    invalid = torch.where(bad.any(), bad.long().argmax() if n else 0, -1).reshape(1)
-    safe = tokens.clamp(0, vocab_size - 1)
-    step = _rows_per_chunk(vocab_size)
-    for i in range(0, n, step):
-        rows = slice(i, i + step)
-        x = _centred(logits[rows], forbidden, temperature)
-        lse[rows] = x.logsumexp(-1)
-        out[rows] = (x.gather(-1, safe[rows]) - lse[rows, None]).clamp_max(0)
-    return out, lse, invalid
+    """[B, L, V], [B, L, K] -> log_probs [B, L, K], stats [B, L, 2], invalid [1]: the first row with a bad id, or -1.
+
+    stats: the row's maximum, and the log of the sum of exp((x - maximum) / temperature).
+    """
+    vocab_size = logits.shape[-1]
+    rows, ids = logits.flatten(0, 1), tokens.flatten(0, 1)
+    out = torch.empty(ids.shape, dtype=torch.float32, device=logits.device)
+    stats = torch.empty(len(ids), 2, dtype=torch.float32, device=logits.device)
+    bad = ((ids < 0) | (ids >= vocab_size)).any(-1)
+    invalid = torch.where(bad.any(), bad.long().argmax() if len(ids) else 0, -1).reshape(1)
+    safe = ids.clamp(0, vocab_size - 1)
+    step = max(1, _CHUNK_BYTES // (4 * vocab_size))
+    for i in range(0, len(ids), step):
+        at = slice(i, i + step)
+        x, top = _centred(rows[at], forbidden, temperature)
+        lse = x.logsumexp(-1, keepdim=True)
+        out[at] = (x.gather(-1, safe[at]) - lse).clamp_max(0)
+        stats[at] = torch.cat([top, lse], -1)
+    return out.view(tokens.shape), stats.view(*tokens.shape[:2], 2), invalid
 
 
 def _gather_fake(
@@ -54,7 +59,7 @@ def _gather_fake(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         logits.new_empty(tokens.shape, dtype=torch.float32),
-        logits.new_empty(logits.shape[:1], dtype=torch.float32),
+        logits.new_empty((*tokens.shape[:2], 2), dtype=torch.float32),
         tokens.new_empty(1),
     )
 
@@ -63,23 +68,27 @@ def _gather_backward_reference(
     grad: torch.Tensor,
     logits: torch.Tensor,
     tokens: torch.Tensor,
-    lse: torch.Tensor,
+    stats: torch.Tensor,
     temperature: float,
     forbidden: torch.Tensor,
 ) -> torch.Tensor:
-    """d log p_k / dx_v = (1[v = token_k] - p_v) / T, summed over k with the incoming gradients; 0 at forbidden columns."""
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    step = _rows_per_chunk(logits.shape[1])
-    for i in range(0, logits.shape[0], step):
-        rows = slice(i, i + step)
-        g = grad[rows] / temperature
-        x = _centred(logits[rows], forbidden, temperature)
-        dx = (x - lse[rows, None]).exp_().mul_(-g.sum(-1, keepdim=True))
-        dx.scatter_add_(-1, tokens[rows], g)
+    """d log p_k / dx_v = (1[v = token_k] - p_v) / T, summed over k with the incoming gradients; 0 at forbidden columns.
+
+    A row whose gradients are all 0 gets 0, whatever it holds.
+    """
+    rows, ids = logits.flatten(0, 1), tokens.flatten(0, 1)
+    out = torch.empty(rows.shape, dtype=logits.dtype, device=logits.device)
+    step = max(1, _CHUNK_BYTES // (4 * logits.shape[-1]))
+    for i in range(0, len(ids), step):
+        at = slice(i, i + step)
+        g = grad.flatten(0, 1)[at] / temperature
+        x, _ = _centred(rows[at], forbidden, temperature)
+        dx = (x - stats.flatten(0, 1)[at, 1:]).exp_().mul_(-g.sum(-1, keepdim=True))
+        dx.scatter_add_(-1, ids[at], g)
         if forbidden.numel():
             dx.index_fill_(-1, forbidden, 0)
-        out[rows] = dx.to(out.dtype)
-    return out
+        out[at] = dx.masked_fill_((g == 0).all(-1, keepdim=True), 0).to(out.dtype)
+    return out.view(logits.shape)
 
 
 _gather = define_op(
@@ -88,10 +97,10 @@ _gather = define_op(
     _gather_fake,
 )
 _gather_backward = define_op(
-    "gather_log_probs_backward(Tensor grad, Tensor logits, Tensor tokens, Tensor lse, float temperature, Tensor forbidden)"
+    "gather_log_probs_backward(Tensor grad, Tensor logits, Tensor tokens, Tensor stats, float temperature, Tensor forbidden)"
     " -> Tensor",
     _gather_backward_reference,
-    lambda grad, logits, tokens, lse, temperature, forbidden: logits.new_empty(logits.shape),
+    lambda grad, logits, tokens, stats, temperature, forbidden: logits.new_empty(logits.shape),
 )
 
 
@@ -101,9 +110,9 @@ def _gather_setup(ctx, inputs, output) -> None:  # noqa: ANN001
     ctx.mark_non_differentiable(output[1], output[2])
 
 
-def _gather_vjp(ctx, grad, _grad_lse, _grad_invalid):  # noqa: ANN001, ANN202
-    logits, tokens, lse, forbidden = ctx.saved_tensors
-    return _gather_backward(grad.contiguous(), logits, tokens, lse, ctx.temperature, forbidden), None, None, None
+def _gather_vjp(ctx, grad, _grad_stats, _grad_invalid):  # noqa: ANN001, ANN202
+    logits, tokens, stats, forbidden = ctx.saved_tensors
+    return _gather_backward(grad.contiguous(), logits, tokens, stats, ctx.temperature, forbidden), None, None, None
 
 
 register_backward("gather_log_probs", _gather_vjp, _gather_setup)
@@ -142,10 +151,15 @@ def gather_log_probs(
         raise ValueError(f"{name}: temperature: expected a positive, finite number, got {temperature}")
     vocab_size = logits.shape[-1]
     ids = forbidden_ids(name, forbidden, vocab_size, logits.device)
-    flat = tokens.reshape(-1, 1) if single else tokens.reshape(-1, tokens.shape[-1])
-    out, _, invalid = _gather(logits.reshape(-1, vocab_size), flat, float(temperature), ids)
+    # The op wants [B, L, V]: axes are added or merged, and only a layout that no strides can say is copied.
+    rows = unit_stride(logits)
+    rows = rows.reshape(-1, lead[-1], vocab_size) if len(lead) > 1 else rows.reshape(1, -1, vocab_size)
+    at_rows = tokens.reshape(*rows.shape[:2], 1 if single else tokens.shape[-1]).contiguous()
+    out, _, invalid = _gather(rows, at_rows, float(temperature), ids)
     check_invalid(
-        name, invalid, lambda row: f"tokens: expected ids in 0 .. {vocab_size - 1}, got {flat[row].tolist()} in row {row}"
+        name,
+        invalid,
+        lambda row: f"tokens: expected ids in 0 .. {vocab_size - 1}, got {at_rows.flatten(0, 1)[row].tolist()} in row {row}",
     )
     return out.reshape(tokens.shape)
 
@@ -153,31 +167,80 @@ def gather_log_probs(
 # --- linear_log_probs -----------------------------------------------------------------------------------------------------------
 
 
-def _linear_logits(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, forbidden: torch.Tensor
-) -> torch.Tensor:
-    x = hidden.float() @ weight.float().t()
-    if bias is not None:
-        x += bias.float()
-    return _centred(x, forbidden)
+# running float64 [N, 3]: over the columns so far, the maximum, the sum of exp(x - maximum) and the token's logit.
+# A chunk is float32 [N, C]; its tokens and forbidden ids count from its first column, and those outside it are ignored.
 
 
-def _linear_reference(
+def _fold_reference(running: torch.Tensor, chunk: torch.Tensor, tokens: torch.Tensor, forbidden: torch.Tensor) -> None:
+    columns = chunk.shape[1]
+    x = chunk.index_fill(1, forbidden[(forbidden >= 0) & (forbidden < columns)], -math.inf).double()
+    top = torch.maximum(running[:, :1], x.amax(1, keepdim=True))
+    reference = top.masked_fill(top == -math.inf, 0.0)
+    running[:, 1:2] *= (running[:, :1] - reference).exp()
+    running[:, 1:2] += (x - reference).exp().sum(1, keepdim=True)
+    running[:, :1] = top
+    here = (tokens >= 0) & (tokens < columns)
+    running[here, 2] = x[here, tokens[here]]
+
+
+def _grad_reference(
+    chunk: torch.Tensor, grad: torch.Tensor, tokens: torch.Tensor, stats: torch.Tensor, forbidden: torch.Tensor
+) -> None:
+    """The chunk becomes the gradient of its logits: grad (1[v = token] - p_v); 0 at forbidden columns."""
+    columns = chunk.shape[1]
+    chunk.sub_(stats[:, :1]).sub_(stats[:, 1:]).exp_().mul_(-grad[:, None])
+    here = ((tokens >= 0) & (tokens < columns)).nonzero().squeeze(1)
+    chunk[here, tokens[here]] += grad[here]
+    chunk.index_fill_(1, forbidden[(forbidden >= 0) & (forbidden < columns)], 0)
+    chunk.masked_fill_(grad[:, None] == 0, 0)
+
+
+_fold = define_op(
+    "linear_fold(Tensor(a!) running, Tensor chunk, Tensor tokens, Tensor forbidden) -> ()",
+    _fold_reference,
+    lambda running, chunk, tokens, forbidden: None,
+)
+_grad = define_op(
+    "linear_grad(Tensor(a!) chunk, Tensor grad, Tensor tokens, Tensor stats, Tensor forbidden) -> ()",
+    _grad_reference,
+    lambda chunk, grad, tokens, stats, forbidden: None,
+)
+
+
+def _chunk_shape(n: int, vocab_size: int) -> tuple[int, int]:
+    """Rows and columns of a chunk of logits, at most _CHUNK_BYTES or a tile of them."""
+    rows = max(1, min(n, _CHUNK_ROWS))
+    return rows, min(vocab_size, max(_TILE, _CHUNK_BYTES // (4 * rows) // _TILE * _TILE))
+
+
+def _product(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, buffer: torch.Tensor) -> torch.Tensor:
+    out = buffer[: len(hidden) * len(weight)].view(len(hidden), len(weight))
+    if bias is None:
+        return torch.mm(hidden, weight.t(), out=out)
+    return torch.addmm(bias, hidden, weight.t(), out=out)
+
+
+def _linear_forward(
     hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, bias: torch.Tensor | None, forbidden: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """log_probs [N], stats [N, 2] (maximum, log of the sum of exp(x - maximum)), invalid [1]."""
     n, vocab_size = hidden.shape[0], weight.shape[0]
-    out = torch.empty(n, dtype=torch.float32, device=hidden.device)
-    lse = torch.empty(n, dtype=torch.float32, device=hidden.device)
     bad = (tokens < 0) | (tokens >= vocab_size)
     invalid = torch.where(bad.any(), bad.long().argmax() if n else 0, -1).reshape(1)
-    safe = tokens.clamp(0, vocab_size - 1)
-    step = _rows_per_chunk(vocab_size)
-    for i in range(0, n, step):
-        rows = slice(i, i + step)
-        x = _linear_logits(hidden[rows], weight, bias, forbidden)
-        lse[rows] = x.logsumexp(-1)
-        out[rows] = (x.gather(-1, safe[rows, None]).squeeze(-1) - lse[rows]).clamp_max(0)
-    return out, lse, invalid
+    running = torch.full((n, 3), -math.inf, dtype=torch.float64, device=hidden.device)
+    running[:, 1] = 0
+    rows, columns = _chunk_shape(n, vocab_size)
+    buffer = torch.empty(rows * columns, dtype=torch.float32, device=hidden.device)
+    for j in range(0, vocab_size, columns):
+        w = weight[j : j + columns].float()
+        b = None if bias is None else bias[j : j + columns].float()
+        ids, excluded = tokens - j, forbidden - j
+        for i in range(0, n, rows):
+            at = slice(i, i + rows)
+            _fold(running[at], _product(hidden[at].float(), w, b, buffer), ids[at], excluded)
+    log_sum = running[:, 1].log()
+    log_probs = (running[:, 2] - running[:, 0] - log_sum).clamp_max(0).float()
+    return log_probs, torch.stack([running[:, 0], log_sum], 1).float(), invalid
 
 
 def _linear_fake(
@@ -185,51 +248,80 @@ def _linear_fake(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         hidden.new_empty(tokens.shape, dtype=torch.float32),
-        hidden.new_empty(tokens.shape, dtype=torch.float32),
+        hidden.new_empty((*tokens.shape, 2), dtype=torch.float32),
         tokens.new_empty(1),
     )
 
 
-def _linear_backward_reference(
+def _linear_backward_chunks(
     grad: torch.Tensor,
     hidden: torch.Tensor,
     weight: torch.Tensor,
     tokens: torch.Tensor,
-    lse: torch.Tensor,
+    stats: torch.Tensor,
     bias: torch.Tensor | None,
     forbidden: torch.Tensor,
+    needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grad_hidden = torch.empty_like(hidden)
-    grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-    grad_bias = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
-    step = _rows_per_chunk(weight.shape[0])
-    for i in range(0, hidden.shape[0], step):
-        rows = slice(i, i + step)
-        x = _linear_logits(hidden[rows], weight, bias, forbidden)
-        dx = (x - lse[rows, None]).exp_().mul_(-grad[rows, None])
-        dx.scatter_add_(-1, tokens[rows, None], grad[rows, None])
-        if forbidden.numel():
-            dx.index_fill_(-1, forbidden, 0)
-        grad_hidden[rows] = (dx @ weight.float()).to(hidden.dtype)
-        grad_weight.addmm_(dx.t(), hidden[rows].float())
-        grad_bias += dx.sum(0)
-    return grad_hidden, grad_weight.to(weight.dtype), grad_bias if bias is None else grad_bias.to(bias.dtype)
+    """Gradients of hidden, weight and bias where ``needs`` says so, else empty; sums in float32, in place where that is the dtype."""
+    n, vocab_size = hidden.shape[0], weight.shape[0]
+    grads = _linear_backward_fake(grad, hidden, weight, tokens, stats, bias, forbidden, needs)
+    to_hidden, to_weight, to_bias = (g.zero_() for g in grads)
+    sum_hidden = to_hidden if hidden.dtype == torch.float32 else to_hidden.float()
+    rows, columns = _chunk_shape(n, vocab_size)
+    buffer = torch.empty(rows * columns, dtype=torch.float32, device=hidden.device)
+    for j in range(0, vocab_size, columns):
+        w = weight[j : j + columns].float()
+        b = None if bias is None else bias[j : j + columns].float()
+        sum_weight, sum_bias = to_weight[j : j + columns].float(), to_bias[j : j + columns].float()
+        ids, excluded = tokens - j, forbidden - j
+        for i in range(0, n, rows):
+            at = slice(i, i + rows)
+            h = hidden[at].float()
+            dx = _product(h, w, b, buffer)
+            _grad(dx, grad[at], ids[at], stats[at], excluded)
+            if needs[0]:
+                sum_hidden[at].addmm_(dx, w)
+            if needs[1]:
+                sum_weight.addmm_(dx.t(), h)
+            if needs[2]:
+                sum_bias += dx.sum(0)
+        if needs[1] and sum_weight.dtype != to_weight.dtype:
+            to_weight[j : j + columns] = sum_weight
+        if needs[2] and sum_bias.dtype != to_bias.dtype:
+            to_bias[j : j + columns] = sum_bias
+    return to_hidden if sum_hidden is to_hidden else sum_hidden.to(hidden.dtype), to_weight, to_bias
+
+
+def _linear_backward_fake(
+    grad: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    tokens: torch.Tensor,
+    stats: torch.Tensor,
+    bias: torch.Tensor | None,
+    forbidden: torch.Tensor,
+    needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        hidden.new_empty(hidden.shape if needs[0] else (0, hidden.shape[1])),
+        weight.new_empty(weight.shape if needs[1] else (0, weight.shape[1])),
+        (weight if bias is None else bias).new_empty(weight.shape[0] if needs[2] else 0),
+    )
 
 
 _linear = define_op(
     "linear_log_probs(Tensor hidden, Tensor weight, Tensor tokens, Tensor? bias, Tensor forbidden) -> (Tensor, Tensor, Tensor)",
-    _linear_reference,
+    _linear_forward,
     _linear_fake,
+    made_of="linear_fold",
 )
 _linear_backward = define_op(
-    "linear_log_probs_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor tokens, Tensor lse, Tensor? bias,"
-    " Tensor forbidden) -> (Tensor, Tensor, Tensor)",
-    _linear_backward_reference,
-    lambda grad, hidden, weight, tokens, lse, bias, forbidden: (
-        torch.empty_like(hidden),
-        torch.empty_like(weight),
-        weight.new_empty(weight.shape[0], dtype=torch.float32 if bias is None else bias.dtype),
-    ),
+    "linear_log_probs_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor tokens, Tensor stats, Tensor? bias,"
+    " Tensor forbidden, bool[3] needs) -> (Tensor, Tensor, Tensor)",
+    _linear_backward_chunks,
+    _linear_backward_fake,
+    made_of="linear_grad",
 )
 
 
@@ -239,10 +331,12 @@ def _linear_setup(ctx, inputs, output) -> None:  # noqa: ANN001
     ctx.mark_non_differentiable(output[1], output[2])
 
 
-def _linear_vjp(ctx, grad, _grad_lse, _grad_invalid):  # noqa: ANN001, ANN202
-    hidden, weight, tokens, lse, bias, forbidden = ctx.saved_tensors
-    grads = _linear_backward(grad.contiguous(), hidden, weight, tokens, lse, bias, forbidden)
-    return grads[0], grads[1], None, None if bias is None else grads[2], None
+def _linear_vjp(ctx, grad, _grad_stats, _grad_invalid):  # noqa: ANN001, ANN202
+    hidden, weight, tokens, stats, bias, forbidden = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
+    grads = _linear_backward(grad.contiguous(), hidden, weight, tokens, stats, bias, forbidden, needs)
+    of_hidden, of_weight, of_bias = (g if needed else None for g, needed in zip(grads, needs, strict=True))
+    return of_hidden, of_weight, None, of_bias, None
 
 
 register_backward("linear_log_probs", _linear_vjp, _linear_setup)
@@ -259,7 +353,8 @@ def linear_log_probs(
     """log softmax(hidden @ weight.T + bias) at one token a row, in chunks of rows: N x V logits are never stored.
 
     The products are float32 whatever the dtypes (a bfloat16 product would err by nats over a sequence). The backward recomputes the
-    chunks, so memory beyond the gradients is O(chunk): about 16 MiB of logits and what the products need.
+    chunks, so memory beyond the gradients is O(chunk): 8 MiB of logits and what the products need; half-precision inputs, and gradients
+    of theirs, are widened a chunk at a time too (the gradient of ``hidden`` as a whole). Gradients that nobody needs are not computed.
 
     Args:
         hidden: float32, bfloat16 or float16 [N, D]. weight: [V, D]. bias: [V] or None. All differentiable (first order).
@@ -285,7 +380,7 @@ def linear_log_probs(
     if bias is not None:
         check_tensor(name, "bias", bias, bias.dtype, (weight.shape[0],), hidden.device)
     ids = forbidden_ids(name, forbidden, weight.shape[0], hidden.device)
-    out, _, invalid = _linear(hidden, weight, tokens, bias, ids)
+    out, _, invalid = _linear(hidden, weight, tokens.contiguous(), bias, ids)
     check_invalid(
         name, invalid, lambda row: f"tokens: expected ids in 0 .. {weight.shape[0] - 1}, got {int(tokens[row])} in row {row}"
     )

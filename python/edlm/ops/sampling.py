@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._library import check_invalid, check_logits, check_tensor, define_op, forbidden_ids
+from ._library import check_invalid, check_logits, check_tensor, define_op, forbidden_ids, unit_stride
 from ._philox import Purpose, expand_offset, expand_seed, philox_uniform
 
 TILE = 512  # columns; part of the RNG contract, since the first uniform picks a tile
@@ -219,11 +219,6 @@ def _proposal(
     return float(temperature), top_k or 0, 1.0 if top_p is None else float(top_p), float(min_p or 0)
 
 
-def _unit_stride(logits: torch.Tensor) -> torch.Tensor:
-    # NOTE: kernels read unit stride in V; anything else costs one copy, here and nowhere else.
-    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
-
-
 _REASONS = {
     _NON_FINITE: "logits: expected finite numbers or -inf, got NaN or +inf in {where}; look for an overflow in the network",
     _NO_SUPPORT: "logits: expected a finite logit besides the forbidden ids, got none in {where}",
@@ -286,7 +281,7 @@ def sample_candidates(
     seeds = expand_seed(seed, batch, logits.device).contiguous()
     offsets = expand_offset(name, offset, batch, logits.device)
     tokens, log_probs, model_log_probs, invalid = _sample_candidates(
-        _unit_stride(logits.detach()), xt.contiguous(), mask_token_id, num_candidates, active, *proposal, seeds, offsets
+        unit_stride(logits.detach()), xt.contiguous(), mask_token_id, num_candidates, active, *proposal, seeds, offsets
     )
 
     def describe(code: int) -> str:
@@ -341,7 +336,7 @@ def sample_categorical(
     else:
         positions = torch.full((n,), position, dtype=torch.int64, device=logits.device)
     tokens, log_probs, model_log_probs, invalid = _sample_categorical(
-        _unit_stride(logits.detach()), num_samples, positions, *proposal, ids, seeds, offsets
+        unit_stride(logits.detach()), num_samples, positions, *proposal, ids, seeds, offsets
     )
     check_invalid(name, invalid, lambda code: _REASONS[code % 4].format(where=f"row {code // 4}", last=vocab_size - 1))
     return Candidates(tokens, log_probs, log_probs if proposal == _PLAIN else model_log_probs)
