@@ -343,8 +343,8 @@ int64_t draw_small(const SampleArgs& args, int64_t r, double* scratch) {
   const double inverse = inverse_temperature(args.temperature);
   for (int i = 0; i < small.count; i += 8) {
     const f64x8 d = widen8(small.logits + i) - static_cast<double>(small.max);
-    narrow8(d * inverse - log_total, log_probs + i);
-    narrow8(d - log_model_total, model_log_probs + i);
+    narrow8(min_with_0(d * inverse - log_total), log_probs + i);
+    if (args.model_log_probs) narrow8(min_with_0(d - log_model_total), model_log_probs + i);
   }
   Uniforms8 u;
   for (int64_t k = 0; k < num_samples; k += 8) {
@@ -352,14 +352,19 @@ int64_t draw_small(const SampleArgs& args, int64_t r, double* scratch) {
     f64x8 target;
     std::memcpy(&target, u.second, sizeof target);  // there is one tile, for the first to choose from
     target *= small.total;
-    i64x8 index = {};
-    for (int i = 0; i < small.count; i += 8)
-      for (int j = 0; j < 8; ++j) index -= splat(small.prefix[i + j]) <= target;
+    i64x8 index = {}, odd = {};  // two chains
+    for (int i = 0; i < small.count; i += 8) {
+      for (int j = 0; j < 8; j += 2) {
+        index = count_where(index, splat(small.prefix[i + j]), target);
+        odd = count_where(odd, splat(small.prefix[i + j + 1]), target);
+      }
+    }
+    index += odd;
     int64_t ids[8];
     std::memcpy(ids, &index, sizeof index);
     for (int64_t j = 0; j < 8 && k + j < num_samples; ++j) {
       const int64_t id = ids[j] < small.last ? ids[j] : small.last;
-      out.write(k + j, id, log_probs[id] < 0 ? log_probs[id] : 0, model_log_probs[id] < 0 ? model_log_probs[id] : 0);
+      out.write(k + j, id, log_probs[id], model_log_probs[id]);
     }
   }
   return -1;

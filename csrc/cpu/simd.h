@@ -111,6 +111,12 @@ f32x16 load_first(const T* p, int count) {
   return load16(lanes);
 }
 
+inline float to_float(float x) { return x; }
+template <class T>
+float to_float(T x) {
+  return load_first(&x, 1)[0];
+}
+
 // Lanes where the mask is not 0 become -inf.
 inline f32x16 exclude(f32x16 v, i32x16 mask) {
   const i32x16 nothing = i32x16{} + static_cast<int32_t>(0xFF800000);
@@ -237,6 +243,19 @@ inline f64x8 widen8(const float* p) {
 inline void narrow8(f64x8 v, float* p) {
   const f32x8 narrow = __builtin_convertvector(v, f32x8);
   std::memcpy(p, &narrow, sizeof narrow);
+}
+
+inline f64x8 min_with_0(f64x8 v) { return reinterpret_cast<f64x8>(reinterpret_cast<i64x8>(v) & (v < 0.0)); }
+
+// n + 1 in the lanes where a <= b.
+inline i64x8 count_where(i64x8 n, f64x8 a, f64x8 b) {
+#if defined(__AVX512F__)
+  const __mmask8 mask = _mm512_cmp_pd_mask(reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b), _CMP_LE_OQ);
+  const __m512i v = reinterpret_cast<__m512i>(n);
+  return reinterpret_cast<i64x8>(_mm512_mask_add_epi64(v, mask, v, _mm512_set1_epi64(1)));
+#else
+  return n - (a <= b);
+#endif
 }
 
 // Prefix sums of eight lanes.
