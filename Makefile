@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # torch comes first: the build asks the environment for it.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: demo test bench lint install clean
+.PHONY: demo test bench lint tidy sanitize install clean
 
 demo: install            ## train two tiny models on real text and decode with both
 	$(BIN)/edlm demo
@@ -13,16 +13,32 @@ demo: install            ## train two tiny models on real text and decode with b
 test: install            ## every test, on the installed package
 	$(BIN)/python -m pytest
 
-bench: install           ## the sampling kernel against eager torch
-	$(BIN)/python benchmarks/ops/bench_sampling.py
+bench: install           ## the ops against eager torch, about a minute
+	$(BIN)/edlm bench ops
 
 lint: $(VENV)/.tools     ## ruff: rules and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
+tidy: install            ## clang-tidy over every C++ source, once an instruction set
+	$(INSTALL) "clang-tidy>=23,<24"
+	$(BIN)/cmake -S . -B build/tidy -G Ninja -DCMAKE_EXPORT_COMPILE_COMMANDS=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) > /dev/null
+	$(BIN)/clang-tidy --quiet -p build/tidy csrc/*.cpp csrc/cpu/*.cpp
+
+# An environment of its own, whose CPU library is built with both sanitizers. torch is not: its own leaks are not ours to report.
+SAN := build/sanitize/venv
+sanitize:                ## the tests of the ops under AddressSanitizer and UndefinedBehaviorSanitizer
+	test -x $(SAN)/bin/python || $(PYTHON) -m venv $(SAN)
+	$(SAN)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt torch
+	$(SAN)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt ".[test]" \
+	  -C cmake.define.EDLM_SANITIZE=ON -C build-dir=build/sanitize/cmake
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  $(SAN)/bin/python -m pytest -s -q tests/ops
+
 install: $(VENV)/.installed
 
 # Rebuilt when a source of the package changes, appears or goes (a folder is newer then).
-SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find python csrc cmake -not -name __pycache__ -not -path '*/__pycache__/*' 2>/dev/null)
+SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find python csrc cmake benchmarks -not -name __pycache__ -not -path '*/__pycache__/*' -not -path 'benchmarks/results*' 2>/dev/null)
 $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
 	$(INSTALL) torch
 	$(INSTALL) ".[test]"

@@ -1,41 +1,226 @@
-"""The benchmarks run: a smoke of each, and the table that documents take from its JSON. No timing is asserted."""
+"""The benchmarks run: a smoke of every family, the tables and the verdict made from its JSON. No time is asserted."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import edlm.ops
 import pytest
+import torch
+from edlm.benchmarks import memory
+from edlm.benchmarks.arguments import FAMILIES
+from edlm.benchmarks.claims import Verdict, verdicts
+from edlm.benchmarks.harness import Inputs, Variant, interleave
+from edlm.benchmarks.tables import markdown, verdict_table
+from edlm.cli import main
 
 ROOT = Path(__file__).parent.parent
+COMMITTED = sorted((ROOT / "benchmarks" / "results").rglob("*.json"))
 
 
-def test_bench_sampling(tmp_path):
-    pytest.importorskip("edlm._build", reason="nothing is compiled")
-    script, file = str(ROOT / "benchmarks" / "ops" / "bench_sampling.py"), tmp_path / "out.json"
-    done = subprocess.run(
-        [sys.executable, script, "--smoke", "--repetitions", "3", "--json", str(file)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.fixture(scope="module")
+def document(tmp_path_factory):
+    file = tmp_path_factory.mktemp("benchmarks") / "out.json"
+    state = torch.get_rng_state()
+    assert main(["bench", "ops", "--smoke", "--allow-reference", "--json", str(file)]) == 0
+    torch.set_rng_state(state)
+    return json.loads(file.read_text())
+
+
+NAMES = {
+    "sampling": {
+        *(f"{op}, K = {k}" for op in ("sample_candidates", "sample_categorical") for k in (1, 8, 16)),
+        *("amax", "log_softmax + multinomial + gather, K = 8", "Gumbel in float32, K = 8", "Gumbel in float64, K = 8"),
+        *(f"sample_candidates, K = 8, {what}" for what in ("temperature 0.7", "top_k 50", "top_p 0.9", "min_p 0.05")),
+        *(f"sample_candidates, K = 8, {what}" for what in ("10 % masked", "50 % masked", "1 thread", "2 threads")),
+    },
+    "log_probs": {
+        *("amax", "gather_log_probs", "log_softmax + gather", "F.cross_entropy"),
+        *("linear_log_probs", "logits + F.cross_entropy"),
+    },
+    "importance": {
+        *("select_candidate, K = 16", "softmax + multinomial, K = 16", "softmax + cumsum + searchsorted"),
+        *(f"resample, {scheme}" for scheme in ("systematic", "stratified", "multinomial", "residual")),
+        *("reverse_step", "xt.clone()", "gather + torch.where", "reverse_step, B = 1, L = 1"),
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_times_what_it_names(document, family):
+    rows = [row for row in document["results"] if row["family"] == family]
+    assert NAMES[family] <= {row["name"] for row in rows}
+    for row in rows:
+        assert 0 < row["low"] <= row["median"] <= row["high"], row
+        assert row["repetitions"] >= 3 and row["bytes"] > 0 and row["gb_per_s"] > 0 and row["n"] > 0
+        assert (row["over_amax"] == 1) == (row["name"] == "amax") or row["over_amax"] is None
+    # A case is looked up by these four: no two results may share them.
+    keys = [(row["case"], row["dtype"], row["name"]) for row in rows]
+    assert len(keys) == len(set(keys))
+
+
+def test_a_file_says_where_its_numbers_come_from(document):
+    assert document["format"] == 1 and document["seed"] == 0
+    assert document["command"] == "edlm bench ops --smoke --allow-reference"
+    assert {"cpu", "cores", "threads", "isa", "caches", "transparent_huge_pages", "memory"} <= set(document["machine"])
+    assert set(document["versions"]) == {"torch", "edlm", "python"}
+    assert set(document["timed_ops"]) >= {"sample_candidates", "linear_log_probs_backward", "reverse_step"}
+    assert set(document["ops"].values()) <= {"compiled", "reference"}
+
+
+def test_tables_and_verdict(document):
+    text = markdown(document, FAMILIES)
+    for row in document["results"]:
+        assert row["name"] in text and row["case"].partition(": ")[2] in text
+    for verdict in verdicts(document["results"], FAMILIES):  # no size of a smoke is one that a claim is about
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {verdict.claim} | {verdict.wanted} |")]
+        assert f"{verdict.where}: -" in line and line.endswith("| not measured |")
+    assert document["machine"]["cpu"] in text and document["command"] in text
+    alone = markdown(document, ["importance"])
+    assert "reverse_step" in alone and "sample_candidates" not in alone.rpartition("\n\n")[0]
+
+
+def test_a_script_of_the_checkout_runs_and_makes_its_table(tmp_path):
+    script, file = str(ROOT / "benchmarks" / "ops" / "bench_importance.py"), tmp_path / "out.json"
+    run = {"capture_output": True, "text": True, "check": False, "cwd": tmp_path}
+    done = subprocess.run([sys.executable, script, "--smoke", "--allow-reference", "--json", str(file)], **run)
     assert done.returncode == 0, done.stderr
+    assert {row["family"] for row in json.loads(file.read_text())["results"]} == {"importance"}
+    done = subprocess.run([sys.executable, script, "--markdown", str(file)], **run)
+    assert done.returncode == 0 and "| reverse_step |" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("file", COMMITTED, ids=lambda file: file.name)
+def test_committed_results_make_their_tables(file):
+    """Every part of what ``edlm bench ops --markdown FILE`` prints stands in a document, to the letter."""
     document = json.loads(file.read_text())
-    assert {"cpu", "threads", "torch", "edlm", "isa"} <= set(document["machine"])
-    names = {timing["name"] for timing in document["results"][0]["timings"]}
-    assert {"amax", "sample_candidates K=1", "sample_candidates K=16", "eager K=8", "gumbel K=8"} <= names
-    assert all(t["low"] <= t["median"] <= t["high"] for result in document["results"] for t in result["timings"])
-    table = subprocess.run([sys.executable, script, "--markdown", str(file)], capture_output=True, text=True, check=True).stdout
-    assert "| 8 x 501, float32 |" in table
+    assert document.get("format") == 1, f"{file.name} was written by an earlier suite: run it again, or remove it"
+    shown = [(ROOT / name).read_text() for name in ("README.md", "docs/measured_facts.md")]
+    for block in markdown(document, FAMILIES).split("\n\n"):
+        assert any(block in text for text in shown), f"no document shows this of {file.name}:\n{block}"
 
 
-def test_committed_results_make_their_tables():
-    for file in (ROOT / "benchmarks" / "results").rglob("*sampling*.json"):
-        script = str(ROOT / "benchmarks" / "ops" / "bench_sampling.py")
-        table = subprocess.run(
-            [sys.executable, script, "--markdown", str(file)], capture_output=True, text=True, check=True
-        ).stdout
-        documents = [ROOT / "README.md", ROOT / "docs" / "measured_facts.md"]
-        assert any(table.strip() in document.read_text() for document in documents), f"no document shows the table of {file.name}"
+def test_references_are_refused_unless_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(edlm.ops, "backends", lambda: {"resample": {"cpu": "reference", "cuda": "reference"}})
+    assert main(["bench", "ops", "--smoke", "--family", "importance"]) == 2
+    error = capsys.readouterr().err
+    assert "references of resample" in error and "--allow-reference" in error
+
+
+def test_interleaving_gives_every_call_a_number_of_its_own():
+    time = itertools.count()
+    numbers = {"a": [], "b": []}
+    before = []
+    variants = [
+        Variant("a", numbers["a"].append, before=lambda: before.append(len(numbers["a"]))),
+        Variant("b", numbers["b"].append),
+    ]
+    timings = interleave(variants, 5, inner=2, clock=lambda: float(next(time)))
+    assert sorted(numbers["a"] + numbers["b"]) == list(range(2 * 2 * 6)), "five rounds after one of warming up"
+    assert before == [0, 2, 4, 6, 8, 10]
+    assert all((t.low, t.median, t.high, t.repetitions) == (500, 500, 500, 5) for t in timings), "a second, over two calls"
+    assert interleave(variants, 50, budget_s=0, clock=lambda: float(next(time)))[0].repetitions == 3
+    with pytest.raises(ValueError, match="repetitions: expected at least 3"):
+        interleave(variants, 2)
+
+
+def test_inputs_are_random_and_their_neighbours_other_memory():
+    inputs = Inputs(10_000, seed=0, smoke=True)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        fresh = inputs.fresh(7, 101, dtype)
+        first, second, after = fresh(0), fresh(1), fresh(2)
+        assert first.shape == (7, 101) and first.dtype == dtype and first.is_contiguous() and first.data_ptr() % 64 == 0
+        assert abs(second.data_ptr() - first.data_ptr()) >= first.nbytes and second.data_ptr() != after.data_ptr()
+        assert 1 < first.float().std() < 3 and not torch.equal(first, second)
+    assert 2 * first.nbytes < Inputs(4 << 20, seed=0, smoke=False).bytes
+
+
+@pytest.mark.skipif(not memory.measurable(), reason="no /proc/self/status")
+def test_peak_memory_counts_the_gradients_and_what_lies_beyond():
+    found = memory.measure("cross_entropy", backward=True, n=2000, d=0, v=5000)
+    assert found["gradient_bytes"] == 4 * 2000 * 5000 and found["method"].startswith("Vm")
+    # The gradient and the log-softmax that the backward needs, at least; and not the inputs.
+    assert 1.9 < found["extra_bytes"] / found["gradient_bytes"] < 4
+
+
+# --- claims -----------------------------------------------------------------------------------------------------------------------
+
+
+def result(case, name, median, dtype="float32", family="sampling", **more):
+    return {"family": family, "case": case, "name": name, "dtype": dtype, "median": median, **more}
+
+
+def test_every_claim_is_listed_with_its_limit():
+    wanted = {(v.claim.partition(":")[0], v.wanted) for v in verdicts([], FAMILIES)}
+    for op in ("sample_candidates", "sample_categorical"):
+        assert {(f"{op}, K = 8", w) for w in ("<= 2.2x", ">= 20x", ">= 100x", "<= 1x", ">= 5x")} | {(op, "<= 1.15x")} <= wanted
+    assert {
+        ("sample_candidates, K = 8", "< 1x"),
+        ("gather_log_probs, forward", "<= 2.2x"),
+        ("gather_log_probs, forward", ">= 3x"),
+        ("gather_log_probs, forward + backward", ">= 1.5x"),
+        ("linear_log_probs, forward", "< 64 MB"),
+        ("linear_log_probs, backward", "< 64 MB"),
+        ("select_candidate, K = 16", "< 1x"),
+        ("reverse_step", "<= 1x"),
+    } <= wanted
+    assert all(v.met is None and v.word == "not measured" for v in verdicts([], FAMILIES))
+
+
+def one(found, claim, where):
+    (verdict,) = [v for v in found if v.claim.startswith(claim) and v.where.startswith(where)]
+    return verdict
+
+
+@pytest.mark.parametrize(("median", "met"), [(22.0, True), (22.001, False)])
+def test_a_claim_on_amax(median, met):
+    case = "decode step: 512 x 50258"
+    found = verdicts([result(case, "amax", 10.0), result(case, "sample_candidates, K = 8", median)], ["sampling"])
+    verdict = one(found, "sample_candidates, K = 8: time over amax", "512 x 50258")
+    assert verdict.met is met and verdict.word == ("met" if met else "NOT MET")
+    assert one(found, "sample_candidates, K = 8: time over amax", "256 x 151936").met is None
+
+
+def test_the_verdict_shows_what_misses_a_claim():
+    rows = []
+    for where, median in (("512 x 50258", 21.0), ("256 x 151936", 23.0)):
+        rows += [
+            result(f"decode step: {where}", "amax", 10.0),
+            result(f"decode step: {where}", "sample_candidates, K = 8", median),
+        ]
+    text = verdict_table(verdicts(rows, ["sampling"]))
+    line = "512 x 50258, float32: 2.10x; 256 x 151936, float32: **2.30x** | **NOT MET** at 1 of 2 |"
+    assert f"| sample_candidates, K = 8: time over amax | <= 2.2x | {line}" in text
+    assert "\n1 of 2 measured claims are met; " in text
+
+
+def test_noise_is_compared_by_the_faster_precision_and_a_reverse_step_pays_for_one_call():
+    case = "decode step: 256 x 151936"
+    rows = [result(case, f"Gumbel in {dtype}, K = 8", time) for dtype, time in (("float32", 90.0), ("float64", 200.0))]
+    found = verdicts([*rows, result(case, "sample_categorical, K = 8", 1.0)], ["sampling"])
+    assert one(found, "sample_categorical, K = 8: 8-fold Gumbel", "256 x 151936").value == 90
+    case = "reverse step: B = 64, L = 1024"
+    times = {"reverse_step": 26.0, "xt.clone()": 10.0, "reverse_step, B = 1, L = 1": 5.0}
+    found = verdicts([result(case, n, t, dtype=None, family="importance") for n, t in times.items()], ["importance"])
+    assert one(found, "reverse_step", "B = 64").value == 26 / 25 and not one(found, "reverse_step", "B = 64").met
+
+
+def test_memory_of_a_backward_is_what_lies_beyond_the_gradients():
+    case, name = "peak memory: 4096 x 768 x 50258", "linear_log_probs, forward"
+    sizes = {name: (63_999_999, 0), f"{name} + backward": (200_000_000, 136_000_000)}
+    rows = [{**result(case, n, None, family="log_probs"), "extra_bytes": e, "gradient_bytes": g} for n, (e, g) in sizes.items()]
+    found = verdicts(rows, ["log_probs"])
+    assert one(found, "linear_log_probs, forward", "4096").met is True
+    assert one(found, "linear_log_probs, backward", "4096").met is False, "64 MB is not less than 64 MB"
+
+
+@pytest.mark.parametrize(
+    ("value", "sense", "limit", "shown"),
+    [(2.2, "<=", 2.2, "2.20x"), (2.2001, "<=", 2.2, "2.21x"), (19.999, ">=", 20, "19.9x"), (151.2, ">=", 100, "151x")],
+)
+def test_rounding_never_makes_a_claim_look_met(value, sense, limit, shown):
+    assert Verdict("", "", "", value, sense, limit).measured == shown

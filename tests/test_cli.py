@@ -62,7 +62,7 @@ DIT, AR = "runs/dit/model", "runs/ar/model"
 # --- help and information ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "sample", "eval", "info"])
+@pytest.mark.parametrize("command", ["demo", "train", "sample", "eval", "bench", "info"])
 def test_every_command_has_help_with_examples(capsys, command):
     with pytest.raises(SystemExit) as done:
         main([command, "--help"])
@@ -293,6 +293,16 @@ MISTAKES = {
         "--steps: only a denoiser has a T-step bound",
     ),
     "windows 0": (("eval", DIT, "--windows", "0"), "--length, --windows: expected numbers >= 1, got 128, 0"),
+    "two rounds": (("bench", "ops", "--smoke", "--repetitions", "2"), "--repetitions: expected at least 3, for quartiles, got 2"),
+    "tables of text": (
+        ("bench", "ops", "--markdown", "short.txt"),
+        "--markdown: short.txt: expected a file that --json wrote, got no JSON",
+    ),
+    "tables of nothing": (("bench", "ops", "--markdown", "no.json"), "no.json"),
+    "results nowhere": (
+        ("bench", "ops", "--smoke", "--json", "no/where.json"),
+        "--json: expected a file in a folder that exists",
+    ),
     "a demo of one text": (("demo", "--num", "1", "--out", "runs/new"), "num_samples: expected at least 2 texts"),
     "a demo without steps": (("demo", "--ar-steps", "0", "--out", "runs/new"), "steps: expected a number >= 1, got 0"),
 }
@@ -320,7 +330,15 @@ def test_a_message_of_many_lines_becomes_one(edlm, folder):
 
 
 def test_choices_are_argparse_s_to_refuse(capsys):
-    for arguments in (["fly"], ["sample", "x", "--sampler", "best"], ["sample", "x", "--num", "many"], ["train", "x.toml"]):
+    for arguments in (
+        ["fly"],
+        ["bench"],
+        ["bench", "fly"],
+        ["bench", "ops", "--quick", "--full"],
+        ["sample", "x", "--sampler", "best"],
+        ["sample", "x", "--num", "many"],
+        ["train", "x.toml"],
+    ):
         with pytest.raises(SystemExit) as done:
             main(arguments)
         assert done.value.code == 2 and "error: " in capsys.readouterr().err

@@ -1,110 +1,178 @@
-"""sample_candidates against a read-only pass and against eager torch: python benchmarks/ops/bench_sampling.py [--json FILE]
+"""sample_candidates and sample_categorical: K draws a row with their log-probabilities, from one read of the logits.
 
-Rows of logits stand for the masked rows of a decode step. `amax` reads every logit once: nothing that needs all can be faster.
-Eager is what is written by hand: log_softmax, multinomial with replacement, gather. Gumbel is what research code runs: K times a
-vocabulary of noise, in float32. Two inputs larger than the caches alternate, so that no variant finds its input there.
+Rows of logits stand for the masked rows of a decode step. Beside the floors: what is written by hand (log_softmax, multinomial with
+replacement, gather), the same compiled, and what research code runs: K argmaxes over a vocabulary of Gumbel noise, in float32 and
+in float64. python benchmarks/ops/bench_sampling.py --help
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from edlm.ops import sample_candidates
-from harness import as_dicts, interleave, machine, require_compiled, write_json
+if not __package__:  # run as a script: the checkout it lies in is the package that it belongs to
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    __package__ = "benchmarks.ops"
+
+from edlm.ops import sample_candidates, sample_categorical
+
+from ..harness import Session, Variant, compiled
+
+OPS = ("sample_candidates", "sample_categorical")
+KS = (1, 8, 16)
+HEADLINE = ((512, 50258), (256, 151936))
+FILTERS = {
+    "temperature 0.7": {"temperature": 0.7},
+    "top_k 50": {"top_k": 50},
+    "top_p 0.9": {"top_p": 0.9},
+    "min_p 0.05": {"min_p": 0.05},
+}
+LARGEST = 256 * 151936 * 4  # bytes of the largest input
 
 
-def eager(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def by_hand(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     log_probs = torch.log_softmax(logits.float(), -1)
     tokens = torch.multinomial(log_probs.exp(), k, replacement=True)
     return tokens, log_probs.gather(-1, tokens)
 
 
-def gumbel(logits: torch.Tensor, k: int) -> torch.Tensor:
-    return torch.stack([(logits - torch.empty_like(logits).exponential_().log_()).argmax(-1) for _ in range(k)], 1)
+def gumbel(logits: torch.Tensor, k: int, dtype: torch.dtype) -> torch.Tensor:
+    """K times argmax(log p + Gumbel noise), as argmax(p / exponential noise): one logarithm less, as MDLM's code has it."""
+    probs = logits.to(dtype).softmax(-1)
+    return torch.stack([(probs / (1e-10 - (torch.rand_like(probs) + 1e-10).log())).argmax(-1) for _ in range(k)], 1)
 
 
-def case(n: int, v: int, dtype: torch.dtype, repetitions: int, *, slow: bool) -> dict:
-    inputs = [(2 * torch.randn(1, n, v + 1)).to(dtype) for _ in range(2)]
-    xt = torch.full((1, n), v)
-    variants = {"amax": lambda i: inputs[i % 2].amax(-1)}
-    for k in (1, 8, 16):
-        variants[f"sample_candidates K={k}"] = lambda i, k=k: sample_candidates(inputs[i % 2], xt, v, k, seed=i)
-    if slow:
-        variants["eager K=8"] = lambda i: eager(inputs[i % 2][0], 8)
-    timings = interleave(variants, repetitions)
-    if slow:  # by itself: it takes seconds, and leaves caches and clock in a state that no decode loop has
-        timings |= interleave({"gumbel K=8": lambda i: gumbel(inputs[i % 2][0], 8)}, 3)
-    return {"n": n, "v": v + 1, "dtype": str(dtype).removeprefix("torch."), "timings": as_dicts(timings)}
+def moved(n: int, v: int, k: int, dtype: torch.dtype) -> int:
+    """The logits of the rows, once; a token and a log-probability a draw."""
+    return n * v * dtype.itemsize + 12 * n * k
 
 
-def report(result: dict) -> None:
-    timings = {t["name"]: t for t in result["timings"]}
-    floor = timings["amax"]["median"]
-    print(f"\nN = {result['n']}, V = {result['v']}, {result['dtype']}")
-    for t in timings.values():
-        size = result["n"] * result["v"] * (4 if result["dtype"] == "float32" else 2)
-        print(
-            f"  {t['name']:<24}{t['median']:>10.2f} ms  [{t['low']:.2f}, {t['high']:.2f}]{t['median'] / floor:>8.1f} x amax"
-            f"{size / t['median'] / 1e6:>8.1f} GB/s of logits"
-        )
-    k1, k8, k16 = (timings[f"sample_candidates K={k}"]["median"] for k in (1, 8, 16))
-    print(f"  K = 16 takes {k16 / k1:.2f} times K = 1", end="")
-    if "eager K=8" in timings:
-        print(f"; eager takes {timings['eager K=8']['median'] / k8:.1f} times sample_candidates at K = 8", end="")
-        print(f", Gumbel {timings['gumbel K=8']['median'] / k8:.0f} times", end="")
-    print()
-
-
-def markdown(document: dict) -> str:
-    """The table for documents, from the JSON that a run wrote."""
-    lines = [
-        "| rows x V, dtype | amax, ms | K = 1 | K = 8 | K = 16 | eager, K = 8 | Gumbel, K = 8 |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for result in document["results"]:
-        t = {x["name"]: x["median"] for x in result["timings"]}
-        ours = [f"{t[f'sample_candidates K={k}']:.1f}" for k in (1, 8, 16)]
-        k8 = t["sample_candidates K=8"]
-        others = [f"{t[n]:.0f} ({t[n] / k8:.0f}x)" if n in t else "-" for n in ("eager K=8", "gumbel K=8")]
-        lines.append(f"| {result['n']} x {result['v']}, {result['dtype']} | {t['amax']:.1f} | {' | '.join([*ours, *others])} |")
-    m = document["machine"]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"{m['cpu']}, {m['threads']} threads, {m['isa']}, torch {m['torch']}, medians of one interleaved run, Gumbel beside it.",
-        ]
+def candidates(fresh: Callable, n: int, v: int, k: int, dtype: torch.dtype, name: str = "", **options: object) -> Variant:
+    xt = torch.full((1, n), v - 1)
+    return Variant(
+        name or f"sample_candidates, K = {k}",
+        lambda i: sample_candidates(fresh(i).unsqueeze(0), xt, v - 1, k, seed=i, **options),
+        moved(n, v, k, dtype),
+        k,
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="also write the results, with machine and versions")
-    parser.add_argument("--markdown", metavar="FILE", help="print the table of such a file, and run nothing")
-    parser.add_argument("--repetitions", type=int, default=15)
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs")
-    arguments = parser.parse_args()
-    if arguments.markdown:
-        print(markdown(json.loads(Path(arguments.markdown).read_text())))
-        return
-    require_compiled("sample_candidates")
-    torch.manual_seed(0)
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
-    cases = [(512, 50257), (256, 151935)] if not arguments.smoke else [(8, 500)]
-    results = []
-    for n, v in cases:
+def categorical(fresh: Callable, n: int, v: int, k: int, dtype: torch.dtype) -> Variant:
+    return Variant(f"sample_categorical, K = {k}", lambda i: sample_categorical(fresh(i), k, seed=i), moved(n, v, k, dtype), k)
+
+
+def case(session: Session, label: str, n: int, v: int, dtype: torch.dtype, *, hand: bool, noise: bool) -> None:
+    """Both ops at every K beside the floors; with the baselines by hand and, apart, with Gumbel noise."""
+    fresh = session.inputs.fresh(n, v, dtype)
+    variants = session.floors(fresh)
+    for k in KS:
+        variants += [candidates(fresh, n, v, k, dtype), categorical(fresh, n, v, k, dtype)]
+    size = moved(n, v, 8, dtype)
+    if hand:
+        variants.append(Variant("log_softmax + multinomial + gather, K = 8", lambda i: by_hand(fresh(i), 8), size, 8))
+        if session.inductor:
+            fast = compiled(by_hand)
+            fast(fresh(0), 8)
+            variants.append(Variant("the same compiled, K = 8", lambda i: fast(fresh(i), 8), size, 8))
+    apart = []
+    if noise:
+        for kind in (torch.float32, torch.float64):
+            # Seconds a call: a part of the rows stands for all, which caches favour if anything. --full times all in float32.
+            rows = n if session.smoke or (session.full and kind == torch.float32) else min(n, max(1, (1 << 21) // v))
+            bits = str(kind).removeprefix("torch.")
+            call = Variant(f"Gumbel in {bits}, K = 8", lambda i, r=rows, t=kind: gumbel(fresh(i)[:r], 8, t), size, 8)
+            apart.append((call, rows))
+    session.measure(f"{label}: {n} x {v}", variants, n=n, v=v, dtype=dtype, apart=apart)
+
+
+def filters(session: Session, n: int, v: int) -> None:
+    fresh = session.inputs.fresh(n, v, torch.float32)
+    variants = [*session.floors(fresh), candidates(fresh, n, v, 8, torch.float32)]
+    for name, options in FILTERS.items():
+        variants.append(candidates(fresh, n, v, 8, torch.float32, f"sample_candidates, K = 8, {name}", **options))
+    session.measure(f"temperature and filters: {n} x {v}", variants, n=n, v=v, dtype=torch.float32)
+
+
+def masked(session: Session, length: int, v: int) -> None:
+    """Clean rows are not read: the cost should follow the masked ones."""
+    fresh = session.inputs.fresh(length, v, torch.float32)
+    variants = []
+    for percent in (10, 50, 100):
+        n = max(1, length * percent // 100)
+        xt = torch.zeros(1, length, dtype=torch.int64)
+        xt[0, torch.randperm(length, generator=session.inputs.generator)[:n]] = v - 1
+        variants.append(
+            Variant(
+                f"sample_candidates, K = 8, {percent} % masked",
+                lambda i, xt=xt: sample_candidates(fresh(i).unsqueeze(0), xt, v - 1, 8, seed=i),
+                moved(n, v, 8, torch.float32) + 12 * 8 * (length - n),
+                8,
+            )
+        )
+    session.measure(f"rows that are masked: {length} x {v}", variants, n=length, v=v, dtype=torch.float32)
+
+
+def threads(session: Session, v: int) -> None:
+    """One row, which only its columns can share among threads."""
+    fresh = session.inputs.fresh(1, v, torch.float32)
+    most = torch.get_num_threads()
+    xt = torch.full((1, 1), v - 1)
+
+    def team(count: int) -> Callable[[], object]:
+        def before() -> None:  # the first call after a change starts the threads
+            torch.set_num_threads(count)
+            sample_candidates(fresh(0).unsqueeze(0), xt, v - 1, 8, seed=0)
+
+        return before
+
+    variants = [
+        Variant(
+            f"sample_candidates, K = 8, {count} thread{'s' * (count > 1)}",
+            lambda i: sample_candidates(fresh(i).unsqueeze(0), xt, v - 1, 8, seed=i),
+            moved(1, v, 8, torch.float32),
+            8,
+            threads=count,
+            before=team(count),
+        )
+        for count in (1, 2)
+    ]
+    try:
+        session.measure(f"threads: 1 x {v}", variants, n=1, v=v, dtype=torch.float32, inner=20)
+    finally:
+        torch.set_num_threads(most)
+
+
+def run(session: Session) -> None:
+    if session.smoke:
         for dtype in (torch.float32, torch.bfloat16):
-            results.append(case(n, v, dtype, arguments.repetitions, slow=dtype == torch.float32))
-            report(results[-1])
-    if arguments.json:
-        write_json(arguments.json, results)
+            case(session, "decode step", 8, 501, dtype, hand=True, noise=dtype == torch.float32)
+        filters(session, 4, 101)
+        masked(session, 20, 101)
+        threads(session, 1001)
+        return
+    dtypes = (torch.float32, torch.bfloat16, torch.float16) if session.full else (torch.float32, torch.bfloat16)
+    for n, v in HEADLINE:
+        for dtype in dtypes:
+            single = dtype == torch.float32
+            case(session, "decode step", n, v, dtype, hand=single or session.full, noise=single)
+    case(session, "decode step", 65536, 27, torch.float32, hand=True, noise=session.full)
+    filters(session, *HEADLINE[0])
+    masked(session, *HEADLINE[0])
+    threads(session, 151936)
+    if session.full:
+        for dtype in dtypes:
+            for v in (27, 4096, 50257, 50258, 151936):
+                for n in (1, 64, 256 if v == 151936 else 512):
+                    if (n, v) not in HEADLINE:
+                        case(session, "sweep", n, v, dtype, hand=True, noise=False)
+            if dtype != torch.float32:
+                case(session, "sweep", 65536, 27, dtype, hand=True, noise=False)
 
 
 if __name__ == "__main__":
-    main()
+    from ..suite import script
+
+    sys.exit(script("sampling", __doc__))

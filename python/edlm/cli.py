@@ -1,8 +1,9 @@
-"""The command line: ``edlm demo | train | sample | eval | info``."""
+"""The command line: ``edlm demo | train | sample | eval | bench | info``."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -32,6 +33,11 @@ In a prompt _ is a character to be filled in. Low energy is good; ESS says how m
     "eval": """edlm eval runs/denoiser/model           # NELBO: an upper bound of the negative log-likelihood
 edlm eval runs/ar/model                 # exact negative log-likelihood
 edlm eval runs/denoiser/model --text book.txt --json""",
+    "bench": """edlm bench ops                        # the headline cases of every family, about a minute
+edlm bench ops --family sampling --full
+edlm bench ops --full --json results.json
+edlm bench ops --markdown results.json  # the tables and the verdict of that file
+Times are medians of interleaved rounds, beside a read-only pass over the same logits.""",
     "info": "edlm info                 # versions, and what is compiled for which device and instruction set",
 }
 
@@ -106,6 +112,14 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--device", help="cpu, cuda, cuda:1 (default: CUDA where there is one)")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
 
+    bench = add("bench", "time the ops against eager and compiled torch, and say which of their performance claims are met here")
+    bench.add_argument("suite", choices=("ops",), help="what to time")
+    # The suite lies beside the rooms: by name, and an editable installation that is older than it lacks it.
+    try:
+        importlib.import_module("edlm.benchmarks.arguments").add_arguments(bench)
+    except ModuleNotFoundError:
+        bench.add_argument("ignored", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+
     info = add("info", "versions, what is compiled for which device and instruction set, and the flags of the build")
     info.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -114,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code. A user's mistake is one line on stderr and code 2, never a traceback."""
     options = build_parser().parse_args(arguments)
-    command = {"demo": _demo, "train": _train, "sample": _sample, "eval": _eval, "info": _info}[options.command]
+    command = {"demo": _demo, "train": _train, "sample": _sample, "eval": _eval, "bench": _bench, "info": _info}[options.command]
     try:
         code = command(options)
         sys.stdout.flush()
@@ -318,6 +332,18 @@ def _eval(options: argparse.Namespace) -> int:
     for key, estimate in estimates.items():
         print(f"{key:32}{estimate}")
     return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    try:
+        suite = importlib.import_module("edlm.benchmarks.suite")
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("edlm.benchmarks"):
+            raise
+        raise ValueError(
+            "bench: this installation has no benchmarks; install edlm again: pip install --no-build-isolation -e ."
+        ) from None
+    return suite.run(options)
 
 
 def _info(options: argparse.Namespace) -> int:

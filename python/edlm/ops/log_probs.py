@@ -153,7 +153,7 @@ def gather_log_probs(
     ids = forbidden_ids(name, forbidden, vocab_size, logits.device)
     # The op wants [B, L, V]: axes are added or merged, and only a layout that no strides can say is copied.
     rows = unit_stride(logits)
-    rows = rows.reshape(-1, lead[-1], vocab_size) if len(lead) > 1 else rows.reshape(1, -1, vocab_size)
+    rows = rows.flatten(0, -3) if len(lead) > 1 else rows.reshape(1, math.prod(lead), vocab_size)
     at_rows = tokens.reshape(*rows.shape[:2], 1 if single else tokens.shape[-1]).contiguous()
     out, _, invalid = _gather(rows, at_rows, float(temperature), ids)
     check_invalid(

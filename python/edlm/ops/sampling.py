@@ -123,13 +123,14 @@ def _sample_candidates_reference(
     drawn = xt == mask_token_id if active is None else (xt == mask_token_id) & active
     mask = torch.full((1,), mask_token_id, device=logits.device)
     for rows in _chunks(drawn.flatten().nonzero().squeeze(1), max(vocab_size, TILE * num_candidates)):
+        if not rows.numel():
+            continue
         b, i = rows // length, rows % length
         drawn_tokens, lp, model_lp, code = _sample_rows(
             logits[b, i].double(), num_candidates, seed[b], i, offset.expand(batch)[b], temperature, (top_k, top_p, min_p), mask
         )
         tokens[b, :, i], log_probs[b, :, i], model_log_probs[b, :, i] = drawn_tokens, lp, model_lp
-        if rows.numel():
-            invalid = torch.minimum(invalid, torch.where(code >= 0, 4 * rows + code, _NOTHING).min())
+        invalid = torch.minimum(invalid, torch.where(code >= 0, 4 * rows + code, _NOTHING).min())
     plain = (temperature, top_k, top_p, min_p) == _PLAIN
     return tokens, log_probs, log_probs.new_empty(0) if plain else model_log_probs, _report(invalid, logits)
 

@@ -1,0 +1,160 @@
+"""What the ops promise, checked against results: every claim with its limit, the measured value, and whether it is met.
+
+Medians as they are: no tolerance, no rounding before the comparison. A claim that was not measured is listed as such.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+HAND, HAND_COMPILED = "log_softmax + multinomial + gather, K = 8", "the same compiled, K = 8"
+ROWS = ("512 x 50258", "256 x 151936")
+DTYPES = ("float32", "bfloat16", "float16")
+MEGABYTE = 1e6
+
+
+@dataclass(frozen=True)
+class Verdict:
+    family: str
+    claim: str
+    where: str
+    value: float | None  # None: not measured
+    sense: str  # "<=", "<" or ">="
+    limit: float
+    unit: str = "x"
+
+    @property
+    def met(self) -> bool | None:
+        if self.value is None:
+            return None
+        return {"<=": self.value <= self.limit, "<": self.value < self.limit, ">=": self.value >= self.limit}[self.sense]
+
+    @property
+    def word(self) -> str:
+        return {True: "met", False: "NOT MET", None: "not measured"}[self.met]
+
+    @property
+    def measured(self) -> str:
+        if self.value is None:
+            return "-"
+        digits = 0 if self.value >= 100 else 1 if self.value >= 10 else 2
+        # Rounded away from its limit where rounding would make it look met, or the other way round.
+        scale = 10**digits
+        shown = round(self.value * scale) / scale
+        if self.met != Verdict("", "", "", shown, self.sense, self.limit).met:
+            shown = (math.ceil if self.value > shown else math.floor)(self.value * scale) / scale
+            if shown == self.limit:
+                return f"{self.value:.6g}{self.unit}"
+        return f"{shown:.{digits}f}{self.unit}"
+
+    @property
+    def wanted(self) -> str:
+        return f"{self.sense} {self.limit:g}{self.unit}"
+
+
+class Medians:
+    """Look-up by family, case, dtype and name; None where there is no such result."""
+
+    def __init__(self, results: list[dict]) -> None:
+        self.rows = {(r["family"], r["case"], r["dtype"], r["name"]): r for r in results}
+
+    def get(self, family: str, case: str, dtype: str | None, name: str, key: str = "median") -> float | None:
+        row = self.rows.get((family, case, dtype, name))
+        return None if row is None else row[key]
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a / b
+
+
+def _smallest(*values: float | None) -> float | None:
+    return min((v for v in values if v is not None), default=None)
+
+
+def _sampling(m: Medians) -> Iterator[Verdict]:
+    ops = ("sample_candidates", "sample_categorical")
+
+    def time(rows: str, dtype: str, name: str) -> float | None:
+        return m.get("sampling", f"decode step: {rows}", dtype, name)
+
+    def every(
+        claim: str, sense: str, limit: float, value: Callable[[str, str], float | None], dtype: str = ", float32"
+    ) -> Iterator[Verdict]:
+        for op in ops:
+            for rows in ROWS:
+                yield Verdict("sampling", f"{op}, K = 8: {claim}", f"{rows}{dtype}", value(op, rows), sense, limit)
+
+    def k8(op: str, rows: str) -> float | None:
+        return time(rows, "float32", f"{op}, K = 8")
+
+    yield from every("time over amax", "<=", 2.2, lambda op, rows: _ratio(k8(op, rows), time(rows, "float32", "amax")))
+    for op in ops:
+        for rows in ROWS:
+            for dtype in DTYPES:
+                value = _ratio(time(rows, dtype, f"{op}, K = 16"), time(rows, dtype, f"{op}, K = 1"))
+                if value is not None or dtype != "float16":  # float16 is a case of --full
+                    yield Verdict("sampling", f"{op}: K = 16 over K = 1", f"{rows}, {dtype}", value, "<=", 1.15)
+    by_hand = "log_softmax + multinomial + gather over it"
+    yield from every(by_hand, ">=", 20, lambda op, rows: _ratio(time(rows, "float32", HAND), k8(op, rows)))
+
+    def noise(rows: str) -> float | None:  # the faster of the two
+        return _smallest(*(time(rows, "float32", f"Gumbel in {t}, K = 8") for t in ("float32", "float64")))
+
+    yield from every(
+        "8-fold Gumbel, the faster precision, over it", ">=", 100, lambda op, rows: _ratio(noise(rows), k8(op, rows))
+    )
+    yield from every(
+        "bfloat16 over float32", "<=", 1, lambda op, rows: _ratio(time(rows, "bfloat16", f"{op}, K = 8"), k8(op, rows)), dtype=""
+    )
+    small = "65536 x 27"
+    for op in ops:
+        value = _ratio(time(small, "float32", HAND), k8(op, small))
+        yield Verdict("sampling", f"{op}, K = 8: {HAND.rpartition(',')[0]} over it", f"{small}, float32", value, ">=", 5)
+    one, two = (
+        m.get("sampling", "threads: 1 x 151936", "float32", f"sample_candidates, K = 8, {t}") for t in ("1 thread", "2 threads")
+    )
+    claim = "sample_candidates, K = 8: two threads over one"
+    yield Verdict("sampling", claim, "1 x 151936, float32", _ratio(two, one), "<", 1)
+
+
+def _log_probs(m: Medians) -> Iterator[Verdict]:
+    def time(case: str, name: str) -> float | None:
+        return m.get("log_probs", case, "float32", name)
+
+    for rows in ROWS:
+        case, where = f"forward: {rows}", f"{rows}, float32"
+        ours, amax, hand = (time(case, name) for name in ("gather_log_probs", "amax", "log_softmax + gather"))
+        yield Verdict("log_probs", "gather_log_probs, forward: time over amax", where, _ratio(ours, amax), "<=", 2.2)
+        yield Verdict("log_probs", "gather_log_probs, forward: log_softmax + gather over it", where, _ratio(hand, ours), ">=", 3)
+        case = f"forward + backward: {rows}"
+        value = _ratio(time(case, "F.cross_entropy"), time(case, "gather_log_probs"))
+        yield Verdict("log_probs", "gather_log_probs, forward + backward: F.cross_entropy over it", where, value, ">=", 1.5)
+    case = "peak memory: 4096 x 768 x 50258"
+    for way, claim in (("forward", "forward: peak extra memory"), ("forward + backward", "backward: peak beyond the gradients")):
+        extra, gradients = (
+            m.get("log_probs", case, "float32", f"linear_log_probs, {way}", key) for key in ("extra_bytes", "gradient_bytes")
+        )
+        value = None if extra is None or gradients is None else (extra - gradients) / MEGABYTE
+        yield Verdict("log_probs", f"linear_log_probs, {claim}", "4096 x 768 x 50258, float32", value, "<", 64, " MB")
+
+
+def _importance(m: Medians) -> Iterator[Verdict]:
+    for batch in (64, 1024):
+        ours, hand = (
+            m.get("importance", f"select: B = {batch}", "float32", f"{name}, K = 16")
+            for name in ("select_candidate", "softmax + multinomial")
+        )
+        claim = "select_candidate, K = 16: time over softmax + multinomial"
+        yield Verdict("importance", claim, f"B = {batch}", _ratio(ours, hand), "<", 1)
+    names = ("reverse_step", "xt.clone()", "reverse_step, B = 1, L = 1")
+    ours, clone, call = (m.get("importance", "reverse step: B = 64, L = 1024", None, name) for name in names)
+    allowed = None if clone is None or call is None else 2 * clone + call
+    claim = "reverse_step: time over (2 xt.clone() + the overhead of a call)"
+    yield Verdict("importance", claim, "B = 64, L = 1024, K = 16", _ratio(ours, allowed), "<=", 1)
+
+
+def verdicts(results: list[dict], families: list[str]) -> list[Verdict]:
+    medians, checks = Medians(results), {"sampling": _sampling, "log_probs": _log_probs, "importance": _importance}
+    return [verdict for family in families for verdict in checks[family](medians)]

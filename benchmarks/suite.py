@@ -1,0 +1,110 @@
+"""One run of the suite: which families, how much of them, and where the results go."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from .arguments import FAMILIES, add_arguments
+from .claims import verdicts
+from .harness import Inputs, Session, inductor_problem, references
+from .machine import describe
+from .tables import console, machine_line, markdown, verdict_lines
+
+FORMAT = 1  # of the JSON file
+
+
+def run(options: argparse.Namespace) -> int:
+    """Time what the options ask for, or print the tables of a file. ValueError for a user's mistake."""
+    families = list(dict.fromkeys(options.family or FAMILIES))
+    if options.markdown:
+        print(markdown(_read(options.markdown, families), families))
+        return 0
+    if options.repetitions is not None and options.repetitions < 3:
+        raise ValueError(f"--repetitions: expected at least 3, for quartiles, got {options.repetitions}")
+    if options.json and not Path(options.json).resolve().parent.is_dir():
+        raise ValueError(f"--json: expected a file in a folder that exists, got {options.json}")
+    modules = {family: importlib.import_module(f".ops.bench_{family}", __package__) for family in families}
+    timed_ops = [op for module in modules.values() for op in module.OPS]
+    slow = references(timed_ops)
+    if slow and not options.allow_reference:
+        raise ValueError(
+            f"expected compiled kernels, got references of {', '.join(slow)}: timing them would say nothing of the kernels. Build "
+            "edlm (`edlm info` tells what is there), choose other families with --family, or give --allow-reference"
+        )
+    torch.manual_seed(options.seed)
+    begin, smoke = time.time(), options.effort == "smoke"
+    # Half of a smoke's seconds would go into compiling what it does not time.
+    problem = "not compiled in a smoke" if smoke else inductor_problem()
+    document: dict = {
+        "format": FORMAT,
+        "command": command(options),
+        "effort": options.effort,
+        "seed": options.seed,
+        **describe(),
+        "timed_ops": timed_ops,
+        "inductor_problem": problem,
+        "date": time.strftime("%Y-%m-%d"),
+        "results": [],
+    }
+    print(machine_line(document))
+    for family, module in modules.items():
+        inputs = Inputs(1 << 16 if smoke else module.LARGEST, options.seed, smoke)
+        repetitions = options.repetitions or (3 if smoke else 15)
+        memory = options.memory or options.effort == "full"
+        session = Session(family, options.effort, repetitions, inputs, problem is None, memory, _show)
+        module.run(session)
+        document["results"] += session.results
+        document["seconds"] = round(time.time() - begin, 1)
+        if options.json:  # after every family: minutes are not lost to a later one
+            Path(options.json).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    print(verdict_lines(verdicts(document["results"], families)))
+    print(f"\n{document['seconds']:.0f} s")
+    return 0
+
+
+def _show(rows: list[dict]) -> None:
+    print(console(rows), flush=True)
+
+
+def _read(path: str, families: list[str]) -> dict:
+    try:
+        document = json.loads(Path(path).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--markdown: {path}: expected a file that --json wrote, got no JSON ({error})") from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        got = document.get("format", "none") if isinstance(document, dict) else type(document).__name__
+        raise ValueError(f"--markdown: {path}: expected a file that --json wrote, format {FORMAT}, got {got}; run it again")
+    if not any(row["family"] in families for row in document["results"]):
+        raise ValueError(f"--markdown: {path}: expected results of {', '.join(families)}, got none; run it with these families")
+    return document
+
+
+def command(options: argparse.Namespace) -> str:
+    """What to type for this run again, without where it went."""
+    words = ["edlm bench ops", *(f"--family {family}" for family in dict.fromkeys(options.family or []))]
+    words += [] if options.effort == "quick" else [f"--{options.effort}"]
+    words += [f"--repetitions {options.repetitions}"] if options.repetitions is not None else []
+    words += [f"--seed {options.seed}"] if options.seed else []
+    words += ["--memory"] if options.memory and options.effort != "full" else []
+    words += ["--allow-reference"] if options.allow_reference else []
+    return " ".join(words)
+
+
+def script(family: str, description: str) -> int:
+    """``python benchmarks/ops/bench_<family>.py``: the same run, of one family."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, families=False)
+    options = parser.parse_args()
+    options.family = [family]
+    try:
+        return run(options)
+    except (ValueError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        return 2

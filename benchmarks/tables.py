@@ -1,0 +1,137 @@
+"""Results as text: a case while it is timed, and from a JSON file the Markdown tables and the verdict for documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .claims import MEGABYTE, Verdict, verdicts
+
+
+def _time(ms: float) -> str:
+    """Milliseconds to three digits, or to the microsecond's tenth where a table is in microseconds."""
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
+
+
+def _scale(medians: list[float]) -> tuple[float, str]:
+    """Microseconds where the shortest would be a few hundredths of a millisecond."""
+    return (1e3, "us") if min(medians) < 0.1 and max(medians) < 100 else (1, "ms")
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _times(value: float | None, width: int) -> str:
+    return " " * width if value is None else f"{value:>{width - 1}.2f}x"
+
+
+def console(rows: list[dict]) -> str:
+    """One case, every variant: median and quartiles, what must move, ratios to both floors."""
+    first = rows[0]
+    lines = [f"\n{first['family']}, {first['case']}" + (f", {first['dtype']}" if first["dtype"] else "")]
+    for row in rows:
+        if "extra_bytes" in row:
+            beyond = (row["extra_bytes"] - row["gradient_bytes"]) / MEGABYTE
+            gradients = f", {beyond:.1f} MB beyond the gradients" if row["gradient_bytes"] else ""
+            lines.append(f"  {row['name']:<44}{row['extra_bytes'] / MEGABYTE:>9.1f} MB{gradients}  ({row['method']})")
+            continue
+        scale, unit = _scale([r["median"] for r in rows])
+        median, low, high = (_time(scale * row[key]) for key in ("median", "low", "high"))
+        moved = f"{row['bytes'] / MEGABYTE:>8.2f} MB{row['gb_per_s']:>8.2f} GB/s"
+        ratios = _times(row["over_amax"], 9) + _times(row["over_exp_sum"], 9)
+        note = f"  {row['note']}" if row["note"] else ""
+        lines.append(f"  {row['name']:<44}{median:>8} {unit} [{low}, {high}]".ljust(76) + moved + ratios + note)
+    if first.get("over_amax") is not None:
+        heads = f"{'x amax':>9}" + (f"{'x exp':>9}" if first["over_exp_sum"] is not None else "")
+        lines[0] = lines[0].ljust(77 + 11 + 13) + heads  # the first line starts with a line feed
+    return "\n".join(lines)
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in body)]
+
+
+def _pivot(rows: list[dict]) -> list[str]:
+    """The cases of one kind: the shorter of (variants, cases) goes across."""
+    kind = rows[0]["case"].partition(":")[0]
+    cases = list(dict.fromkeys((r["case"], r["dtype"]) for r in rows))
+    names = list(dict.fromkeys(r["name"] for r in rows))
+    cells, scaled = {}, False
+    memory = "extra_bytes" in rows[0]
+    scale, unit = (1, "MB (beyond the gradients)") if memory else _scale([r["median"] for r in rows])
+    for row in rows:
+        if memory:
+            text = f"{row['extra_bytes'] / MEGABYTE:.0f}"
+            if row["gradient_bytes"]:
+                text += f" ({(row['extra_bytes'] - row['gradient_bytes']) / MEGABYTE:.0f})"
+        else:
+            text = _time(scale * row["median"])
+            text += f" ({_ratio(row['over_amax'])})" if row["over_amax"] is not None and row["name"] != "amax" else ""
+            text += " *" if row["note"] else ""
+            scaled = scaled or bool(row["note"])
+        cells[row["case"], row["dtype"], row["name"]] = text
+    if any(r.get("over_amax") is not None for r in rows):
+        unit += " (times amax)"
+    labels = [case.partition(": ")[2] + (f", {dtype}" if dtype else "") for case, dtype in cases]
+    corner = f"{kind}: {unit}"
+    if len(cases) > len(names):
+        head = [corner, *names]
+        body = [[label, *(cells.get((*c, name), "-") for name in names)] for label, c in zip(labels, cases, strict=True)]
+    else:
+        head = [corner, *labels]
+        body = [[name, *(cells.get((*c, name), "-") for c in cases)] for name in names]
+    notes = sorted({r["note"] for r in rows if r.get("note")})
+    return [*_table(head, body), *(["", f"\\* {'; '.join(notes)}"] if scaled else [])]
+
+
+def family_tables(document: dict, family: str) -> str:
+    """A table for each kind of case."""
+    kinds: dict[str, list[dict]] = {}
+    for row in document["results"]:
+        if row["family"] == family:
+            kinds.setdefault(row["case"].partition(":")[0], []).append(row)
+    return "\n\n".join("\n".join(_pivot(rows)) for rows in kinds.values())
+
+
+def verdict_table(found: list[Verdict]) -> str:
+    """A line a claim, with every place where it was to be measured; values that miss it are bold."""
+    claims: dict[tuple[str, str], list[Verdict]] = {}
+    for v in found:
+        claims.setdefault((v.claim, v.wanted), []).append(v)
+    body = []
+    for (claim, wanted), places in claims.items():
+        cells = [f"{v.where}: {f'**{v.measured}**' if v.met is False else v.measured}" for v in places]
+        missed, measured = sum(v.met is False for v in places), sum(v.met is not None for v in places)
+        word = "not measured" if not measured else "met" if not missed else f"**NOT MET** at {missed} of {measured}"
+        body.append([claim, wanted, "; ".join(cells), word])
+    met, measured = sum(v.met is True for v in found), sum(v.met is not None for v in found)
+    count = f"{met} of {measured} measured claims are met; {len(found) - measured} not measured."
+    return "\n".join([*_table(["claim", "wanted", "measured", "verdict"], body), "", count])
+
+
+def verdict_lines(found: list[Verdict]) -> str:
+    """The same for a terminal."""
+    lines = [f"  {v.word:<13}{v.measured:>9}  wanted {v.wanted:<9}  {v.claim} ({v.where})" for v in found]
+    return "\n".join(["", "Verdict", *lines])
+
+
+def machine_line(document: dict) -> str:
+    m, versions = document["machine"], document["versions"]
+    caches = ", ".join(f"{name} {size}" for name, size in m["caches"].items())
+    run = [op for op, kind in document["ops"].items() if kind != "compiled" and op in document["timed_ops"]]
+    commit = f"commit {document['commit'][:12]}" if document["commit"] else "not a checkout"
+    commit += " with changes" if document["changed"] else ""
+    references = f" **References, not kernels: {', '.join(run)}.**" if run else ""
+    return (
+        f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['isa']}, {caches or 'caches unknown'}, "
+        f"huge pages {m['transparent_huge_pages']}; torch {versions['torch']}, edlm {versions['edlm']} "
+        f"({commit}). Medians of interleaved rounds; made by `{document['command']}`.{references}"
+        + (f" Without what inductor compiles: {document['inductor_problem']}." if document["inductor_problem"] else "")
+    )
+
+
+def markdown(document: dict, families: Sequence[str]) -> str:
+    """Tables, verdict and machine, of the families that the document has."""
+    there = [f for f in families if any(row["family"] == f for row in document["results"])]
+    blocks = [family_tables(document, family) for family in there]
+    return "\n\n".join([*blocks, verdict_table(verdicts(document["results"], there)), machine_line(document)])
