@@ -104,7 +104,7 @@ void backward_of(const LogProbArgs& args, int64_t r, int64_t begin, int64_t end)
     for (int i = 0; i < last - first; i += 16) {
       if (i % 64 == 0)
         for (size_t line = 0; line < kBlock * sizeof(T); line += 64)
-          __builtin_prefetch(reinterpret_cast<const char*>(row.x + first + i) + kAhead + line);
+          __builtin_prefetch(reinterpret_cast<const char*>(row.x + first + i) + kNear + line);
       const f32x16 x = is_whole ? load16(row.x + first + i) : read16(row, first + i);
       const f32x16 p = exp_negative((x - max) * inverse - lse);
       const f32x16 d = p * scale;

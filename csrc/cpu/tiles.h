@@ -58,61 +58,78 @@ void copy_columns(const Row<T>& row, int64_t begin, int64_t end, float* out) {
   }
 }
 
-// Bytes that are fetched ahead of those that are exponentiated: two pages, which the processor's own prefetchers do not cross. (A tile
-// ahead took 1.2 times as long where logits come from memory.) Beyond the end of the logits a prefetch reads nothing.
-constexpr size_t kAhead = 8192;
-
-// `blocks` whole blocks of 64 columns: their maximum, and the columns themselves as floats, in `out` where they are not floats yet.
-inline float max_and_widen(const float* x, int blocks, const float** wide, float*) {
-  *wide = x;
-  f32x16 m0 = splat(kMinusInf), m1 = m0, m2 = m0, m3 = m0;
-  for (int i = 0; i < blocks; ++i) {
-    m0 = max_or_second(load16(x + i * kBlock), m0);
-    m1 = max_or_second(load16(x + i * kBlock + 16), m1);
-    m2 = max_or_second(load16(x + i * kBlock + 32), m2);
-    m3 = max_or_second(load16(x + i * kBlock + 48), m3);
-  }
-  return fold_max(max_or_second(max_or_second(m0, m1), max_or_second(m2, m3)));
-}
+// How far ahead of what is exponentiated logits are fetched, in bytes: into the second cache level from four pages on, which the
+// processor's own prefetchers do not cross, and from there into the first. Beyond the end of the logits a prefetch reads nothing.
+constexpr size_t kFar = 16384, kNear = 4096;
 
 template <class T>
-float max_and_widen(const T* x, int blocks, const float** wide, float* out) {
-  *wide = out;
-  f32x16 m0 = splat(kMinusInf), m1 = m0, m2 = m0, m3 = m0;
-  for (int i = 0; i < blocks; ++i) {
-    f32x16 v[4];
-    load32(x + i * kBlock, v, v + 1);
-    load32(x + i * kBlock + 32, v + 2, v + 3);
-    m0 = max_or_second(v[0], m0), m1 = max_or_second(v[1], m1);
-    m2 = max_or_second(v[2], m2), m3 = max_or_second(v[3], m3);
-    std::memcpy(out + i * kBlock, v, sizeof v);
+void fetch_ahead(const T* block) {
+  for (size_t line = 0; line < kBlock * sizeof(T); line += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(block) + kFar + line, 0, 2);
+    __builtin_prefetch(reinterpret_cast<const char*>(block) + kNear + line, 0, 3);
   }
-  return fold_max(max_or_second(max_or_second(m0, m1), max_or_second(m2, m3)));
 }
 
-// A NaN or +inf anywhere makes the sum of its block NaN: the maximum passes over NaN, but x - max does not.
+// A tile before it is exponentiated: its maximum, and its columns as floats, in a buffer of its own where they are not floats yet.
+template <class T>
+class Front {
+ public:
+  void begin() {
+    for (f32x16& max : max_) max = splat(kMinusInf);
+  }
+
+  // A block of 64 columns at x, the i-th of its tile.
+  void add(const T* x, int i) {
+    f32x16 v[4];
+    if constexpr (sizeof(T) == sizeof(float)) {
+      for (int j = 0; j < 4; ++j) v[j] = load16(x + 16 * j);
+      if (i == 0) wide_ = x;
+    } else {
+      load32(x, v, v + 1);
+      load32(x + 32, v + 2, v + 3);
+      std::memcpy(buffer_ + i * kBlock, v, sizeof v);
+    }
+    for (int j = 0; j < 4; ++j) max_[j] = max_or_second(v[j], max_[j]);
+  }
+
+  float max() const { return fold_max(max_or_second(max_or_second(max_[0], max_[1]), max_or_second(max_[2], max_[3]))); }
+
+  const float* block(int i) const {
+    if constexpr (sizeof(T) == sizeof(float))
+      return wide_ + i * kBlock;
+    else
+      return buffer_ + i * kBlock;
+  }
+
+ private:
+  f32x16 max_[4];
+  const float* wide_;
+  alignas(64) float buffer_[sizeof(T) == sizeof(float) ? 1 : kTile];
+};
+
+// The masses of the tile in `front`, of so many whole blocks, while `next` is filled with the tile at `ahead`: a maximum takes long to be
+// known, and would otherwise be waited for once a tile.
 //
-// 1 / T is rounded to a float here, by at most 6e-8 of itself; only distances inside a tile feel it, since tiles are weighed against
-// each other in double.
+// A NaN or +inf anywhere makes the sum of its block NaN: the maximum passes over NaN, but x - max does not. 1 / T is rounded to a float here,
+// by at most 6e-8 of itself; only distances inside a tile feel it, since tiles are weighed against each other in double.
 template <bool kTempered, bool kModel, class T>
-void tile_mass(const T* x, int blocks, float inverse, TileMass* tile) {
-  alignas(64) float buffer[kTile];
-  const float* wide;
-  const float max = max_and_widen(x, blocks, &wide, buffer);
+void tile_mass(const Front<T>& front, int blocks, float inverse, TileMass* tile, const T* ahead, Front<T>* next) {
+  const float max = front.max();
   tile->max = max;
   // All -inf: measure against 0 instead, so that the sums are 0 rather than NaN, unless there is a NaN.
   const f32x16 reference = splat(max == kMinusInf ? 0.0f : max);
   f32x16 sum[kBlocksPerTile], model = splat(0.0f);
+  next->begin();
   for (int i = 0; i < blocks; ++i) {
-    for (size_t line = 0; line < kBlock * sizeof(T); line += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(x + i * kBlock) + kAhead + line);
-    f32x16 d0 = load16(wide + i * kBlock) - reference;
-    f32x16 d1 = load16(wide + i * kBlock + 16) - reference;
-    f32x16 d2 = load16(wide + i * kBlock + 32) - reference;
-    f32x16 d3 = load16(wide + i * kBlock + 48) - reference;
-    if constexpr (kModel) model += (exp_negative(d0) + exp_negative(d1)) + (exp_negative(d2) + exp_negative(d3));
-    if constexpr (kTempered) d0 *= inverse, d1 *= inverse, d2 *= inverse, d3 *= inverse;
-    sum[i] = (exp_negative(d0) + exp_negative(d1)) + (exp_negative(d2) + exp_negative(d3));
+    fetch_ahead(ahead + i * kBlock);
+    next->add(ahead + i * kBlock, i);
+    const float* x = front.block(i);
+    f32x16 d[4];
+    for (int j = 0; j < 4; ++j) d[j] = load16(x + 16 * j) - reference;
+    if constexpr (kModel) model += (exp_negative(d[0]) + exp_negative(d[1])) + (exp_negative(d[2]) + exp_negative(d[3]));
+    if constexpr (kTempered)
+      for (int j = 0; j < 4; ++j) d[j] *= inverse;
+    sum[i] = (exp_negative(d[0]) + exp_negative(d[1])) + (exp_negative(d[2]) + exp_negative(d[3]));
   }
   for (int i = blocks; i < kBlocksPerTile; ++i) sum[i] = splat(0.0f);
   const f32x4 low = fold_sums(sum[0], sum[1], sum[2], sum[3]), high = fold_sums(sum[4], sum[5], sum[6], sum[7]);
@@ -124,15 +141,28 @@ void tile_mass(const T* x, int blocks, float inverse, TileMass* tile) {
 // Tiles [begin, end) of a row into tiles[begin .. end).
 template <bool kTempered, bool kModel, class T>
 void read_tiles(const Row<T>& row, float inverse, int64_t begin, int64_t end, TileMass* tiles) {
-  alignas(64) float buffer[kTile];
-  for (int64_t t = begin; t < end; ++t) {
-    const int64_t first = t * kTile, last = first + kTile < row.vocab ? first + kTile : row.vocab;
-    if (last - first == kTile && !excludes(row, first, last)) {
-      tile_mass<kTempered, kModel>(row.x + first, kBlocksPerTile, inverse, tiles + t);
-    } else {
+  const auto is_plain = [&](int64_t t) { return (t + 1) * kTile <= row.vocab && !excludes(row, t * kTile, (t + 1) * kTile); };
+  Front<T> fronts[2];
+  for (int64_t t = begin; t < end;) {
+    if (!is_plain(t)) {
+      const int64_t first = t * kTile, last = first + kTile < row.vocab ? first + kTile : row.vocab;
+      const int blocks = static_cast<int>((last - first + kBlock - 1) / kBlock);
+      alignas(64) float buffer[kTile];
       copy_columns(row, first, last, buffer);
-      tile_mass<kTempered, kModel>(buffer, static_cast<int>((last - first + kBlock - 1) / kBlock), inverse, tiles + t);
+      Front<float> front, unused;
+      front.begin();
+      for (int i = 0; i < blocks; ++i) front.add(buffer + i * kBlock, i);
+      tile_mass<kTempered, kModel, float>(front, blocks, inverse, tiles + t++, buffer, &unused);
+      continue;
     }
+    // A run of tiles that are read in place; after the last one, itself again, for nothing.
+    int64_t last = t;
+    while (last + 1 < end && is_plain(last + 1)) ++last;
+    fronts[0].begin();
+    for (int i = 0; i < kBlocksPerTile; ++i) fronts[0].add(row.x + t * kTile + i * kBlock, i);
+    for (int side = 0; t <= last; ++t, side ^= 1)
+      tile_mass<kTempered, kModel>(fronts[side], kBlocksPerTile, inverse, tiles + t, row.x + (t < last ? t + 1 : t) * kTile,
+                                   fronts + (side ^ 1));
   }
 }
 

@@ -10,7 +10,8 @@ import torch
 from ._library import check_invalid, check_tensor, define_op
 from ._philox import Purpose, expand_offset, expand_seed, philox_uniform
 
-SCHEMES = ("systematic", "stratified", "multinomial", "residual")
+SCHEMES = ("systematic", "stratified", "multinomial", "residual")  # csrc/importance.h has the same order
+_READABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # by the kernels, whatever the strides
 
 
 class Selection(NamedTuple):
@@ -103,6 +104,11 @@ def _check_rows(name: str, argument: str, value: torch.Tensor, axes: str) -> Non
         raise ValueError(f"{name}: {argument}: expected a floating tensor {axes} with at least one column, got {got}")
 
 
+def _rows(value: torch.Tensor) -> torch.Tensor:
+    value = value.detach()
+    return value if value.dtype in _READABLE else value.double()
+
+
 def select_candidate(
     energy: torch.Tensor,
     *,
@@ -140,9 +146,8 @@ def select_candidate(
         )
     batch = energy.shape[0]
     seeds, offsets = expand_seed(seed, batch, energy.device), expand_offset(name, offset, batch, energy.device)
-    *result, invalid = _select(
-        energy.detach(), float(temperature), None if log_correction is None else log_correction.detach(), seeds, offsets
-    )
+    correction = None if log_correction is None else _rows(log_correction)
+    *result, invalid = _select(_rows(energy), float(temperature), correction, seeds, offsets)
     check_invalid(
         name,
         invalid,
@@ -158,7 +163,7 @@ def select_candidate(
 def _resample_reference(
     log_weights: torch.Tensor, scheme: int, seed: torch.Tensor, offset: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    log_w = log_weights.double()
+    log_w = log_weights.double().contiguous()
     batch, n = log_w.shape
     bad_row = (log_w.isnan() | (log_w == math.inf)).any(-1) | (log_w == -math.inf).all(-1)
     invalid = torch.where(bad_row.any(), bad_row.long().argmax() if batch else 0, -1).reshape(1)
@@ -218,7 +223,7 @@ def resample(
         raise ValueError(f"{name}: scheme: expected one of {', '.join(SCHEMES)}, got {scheme!r}")
     batch = log_weights.shape[0]
     seeds, offsets = expand_seed(seed, batch, log_weights.device), expand_offset(name, offset, batch, log_weights.device)
-    ancestors, invalid = _resample(log_weights.detach(), SCHEMES.index(scheme), seeds, offsets)
+    ancestors, invalid = _resample(_rows(log_weights), SCHEMES.index(scheme), seeds, offsets)
     check_invalid(
         name,
         invalid,
@@ -237,13 +242,13 @@ def _reverse_reference(
     invalid = torch.where(bad_row.any(), bad_row.long().argmax() if len(index) else 0, -1).reshape(1)
     safe = index.clamp(0, x0.shape[1] - 1)
     chosen = x0.gather(1, safe[:, None, None].expand(-1, 1, x0.shape[2])).squeeze(1)
-    return torch.where(open_time >= s[:, None], chosen, xt), invalid
+    return torch.where(open_time >= s[:, None], chosen, xt).contiguous(), invalid
 
 
 _reverse = define_op(
     "reverse_step(Tensor xt, Tensor x0, Tensor index, Tensor open_time, Tensor s) -> (Tensor, Tensor)",
     _reverse_reference,
-    lambda xt, x0, index, open_time, s: (torch.empty_like(xt), index.new_empty(1)),
+    lambda xt, x0, index, open_time, s: (xt.new_empty(xt.shape), index.new_empty(1)),
 )
 
 
@@ -279,9 +284,9 @@ def reverse_step(
                 f"{name}: s: expected a number, or a {open_time.dtype} tensor of one element or [{batch}], got {s.dtype} "
                 f"{list(s.shape)}"
             )
-        s = s.reshape(-1).to(xt.device).expand(batch)
+        s = s.reshape(-1).to(xt.device)
     else:
-        s = torch.full((batch,), float(s), dtype=open_time.dtype, device=xt.device)
+        s = torch.full((1,), float(s), dtype=open_time.dtype, device=xt.device)
     xs, invalid = _reverse(xt, x0, index, open_time, s)
     check_invalid(name, invalid, lambda row: f"index: expected indices in 0 .. {k - 1}, got {int(index[row])} in sequence {row}")
     return xs
