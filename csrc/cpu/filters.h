@@ -110,7 +110,7 @@ int64_t collect(const Row<T>& row, const TileMass* tiles, float bound, uint32_t*
 
 // The sum of exp((x - max) / T) in double.
 template <class T>
-double total_mass(const Row<T>& row, const TileMass* tiles, const Softmax& softmax) {
+double exact_mass(const Row<T>& row, const TileMass* tiles, const Softmax& softmax) {
   alignas(64) float buffer[kTile];
   f64x8 sum = splat(0.0);
   for (int64_t t = 0; t < num_tiles(row.vocab); ++t) {
@@ -165,7 +165,7 @@ void filter_row(const SampleArgs& args, Row<T>* row, TileMass* tiles, float max,
   if (args.top_p < 1) {
     double total = 0;
     if (n < 0) {
-      total = total_mass(*row, tiles, softmax);
+      total = exact_mass(*row, tiles, softmax);
       // Columns so small that all of them together weigh less than what may be cut off.
       const double room = (1 - args.top_p) * total / static_cast<double>(args.vocab);
       const double bound = max + std::log(room) / softmax.inverse;

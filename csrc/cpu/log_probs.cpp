@@ -38,15 +38,9 @@ bool gather_of(const LogProbArgs& args, int64_t r, const TileMass* tiles) {
   const Row<T> row = row_of<T>(args, r);
   const double inverse = inverse_temperature(args.temperature);
   const int64_t n = num_tiles(args.vocab);
-  float max = kMinusInf;
-  for (int64_t t = 0; t < n; ++t) max = tiles[t].max > max ? tiles[t].max : max;
+  const float max = max_of(tiles, n);
   double total = 0;
-  for (int64_t t = 0; t < n; t += 8) {
-    f64x8 d;
-    for (int64_t j = 0; j < 8; ++j) d[j] = t + j < n ? static_cast<double>(tiles[t + j].max) - max : 0.0;
-    const f64x8 scale = exp_negative(d * inverse);
-    for (int64_t j = 0; j < 8 && t + j < n; ++j) total += tile_sum(tiles[t + j]) * scale[j];
-  }
+  weigh_tiles(tiles, n, max, inverse, false, [&](int64_t, double mass) { total += mass; });
   // The sum is NaN where a NaN or +inf is, and where all maxima are -inf.
   const double lse = total <= 1e30 ? std::log(total) : __builtin_nan("");
   args.stats[2 * r] = max;
@@ -65,16 +59,11 @@ bool gather_of(const LogProbArgs& args, int64_t r, const TileMass* tiles) {
 template <class T>
 void fold_of(const LogProbArgs& args, int64_t r, const TileMass* tiles) {
   double* running = args.running + 3 * r;
-  double max = running[0], sum = running[1];
-  for (int64_t t = 0; t < num_tiles(args.vocab); ++t) {
-    const double here = tiles[t].max, mass = tile_sum(tiles[t]);
-    if (here > max) {
-      sum = (max == kMinusInf ? sum : sum * std::exp(max - here)) + mass;  // a NaN in the sum stays
-      max = here;
-    } else {
-      sum += here == kMinusInf ? mass : mass * std::exp(here - max);
-    }
-  }
+  const int64_t n = num_tiles(args.vocab);
+  const double here = max_of(tiles, n), max = here > running[0] ? here : running[0];
+  const double reference = max == kMinusInf ? 0.0 : max;  // nothing finite yet: sums are 0, or NaN
+  double sum = running[1] * std::exp(running[0] - reference);
+  weigh_tiles(tiles, n, reference, 1.0, false, [&](int64_t, double mass) { sum += mass; });
   running[0] = max;
   running[1] = sum;
   const int64_t id = args.tokens[r];

@@ -182,28 +182,16 @@ template <class T>
 Total prefix_of(const SampleArgs& args, Row<T>& row, TileMass* tiles, double* scratch) {
   const int64_t n = num_tiles(args.vocab);
   const double inverse = inverse_temperature(args.temperature);
-  Total result{-1, kMinusInf, 0, 0};
-  for (int64_t t = 0; t < n; ++t) {
+  Total result{-1, max_of(tiles, n), 0, 0};
+  for (int64_t t = 0; t < n; ++t)
     if (!(tile_sum(tiles[t]) <= 1e30)) result.code = kNonFinite;
-    result.max = tiles[t].max > result.max ? tiles[t].max : result.max;
-  }
   if (result.code < 0 && result.max == kMinusInf) result.code = kNoSupport;
   if (result.code >= 0) return result;
 
-  if (args.model_log_probs != nullptr) {
-    for (int64_t t = 0; t < n; ++t) {
-      const double sum = args.temperature == 1.0 ? tile_sum(tiles[t]) : tiles[t].model_sum;
-      result.model_total += sum * std::exp(static_cast<double>(tiles[t].max) - result.max);
-    }
-  }
+  if (args.model_log_probs != nullptr)
+    weigh_tiles(tiles, n, result.max, 1.0, args.temperature != 1.0, [&](int64_t, double mass) { result.model_total += mass; });
   if (is_filtered(args)) filter_row(args, &row, tiles, result.max, scratch_keys(args, scratch));
-  double* prefix = scratch;
-  for (int64_t t = 0; t < n; t += 8) {
-    f64x8 d;
-    for (int64_t j = 0; j < 8; ++j) d[j] = t + j < n ? static_cast<double>(tiles[t + j].max) - result.max : 0.0;
-    const f64x8 scale = exp_negative(d * inverse);
-    for (int64_t j = 0; j < 8 && t + j < n; ++j) prefix[t + j] = result.total += tile_sum(tiles[t + j]) * scale[j];
-  }
+  weigh_tiles(tiles, n, result.max, inverse, false, [&](int64_t t, double mass) { scratch[t] = result.total += mass; });
   return result;
 }
 
@@ -290,13 +278,18 @@ void read_small(const Row<T>& row, double inverse, bool has_model, SmallRow* sma
     max = max_or_second(v, max);
   }
   small->max = fold_max(max);
-  const double reference = small->max == kMinusInf ? 0.0 : small->max;
-  f64x8 model = splat(0.0);
+  const float reference = small->max == kMinusInf ? 0.0f : small->max;
+  f32x16 model = splat(0.0f);
+  alignas(64) float mass[kSmallVocab];
+  for (int i = 0; i < row.vocab; i += 16) {
+    const f32x16 d = load16(small->logits + i) - reference;
+    const f32x16 e = exp_negative(d * static_cast<float>(inverse));
+    if (has_model) model += exp_negative(d);
+    std::memcpy(mass + i, &e, sizeof e);
+  }
   double carry = 0;
   for (int i = 0; i < small->count; i += 8) {
-    const f64x8 d = widen8(small->logits + i) - reference;
-    if (has_model) model += exp_negative(d);
-    const f64x8 prefix = scan(exp_negative(d * inverse)) + carry;
+    const f64x8 prefix = scan(widen8(mass + i)) + carry;
     std::memcpy(small->prefix + i, &prefix, sizeof prefix);
     carry = prefix[7];
   }
@@ -326,6 +319,8 @@ template <class T>
 int64_t draw_small(const SampleArgs& args, int64_t r, double* scratch) {
   const Index at(args, r);
   Row<T> row = row_of<T>(args, at);
+  Uniforms8 u;
+  uniforms_of(args, at, 0, &u);  // a long chain, beside which the row is read
   SmallRow small;
   const int64_t code = prepare_small(args, row, scratch, &small);
   if (code >= 0) return fail_row(args, at, code);
@@ -346,9 +341,8 @@ int64_t draw_small(const SampleArgs& args, int64_t r, double* scratch) {
     narrow8(min_with_0(d * inverse - log_total), log_probs + i);
     if (args.model_log_probs) narrow8(min_with_0(d - log_model_total), model_log_probs + i);
   }
-  Uniforms8 u;
   for (int64_t k = 0; k < num_samples; k += 8) {
-    uniforms_of(args, at, k, &u);
+    if (k > 0) uniforms_of(args, at, k, &u);
     f64x8 target;
     std::memcpy(&target, u.second, sizeof target);  // there is one tile, for the first to choose from
     target *= small.total;

@@ -48,9 +48,15 @@ inline f32x16 load16(const float* p) {
 }
 
 inline f32x16 load16(const bf16* p) {
+#if defined(__AVX512F__)
+  __m256i half;
+  std::memcpy(&half, p, sizeof half);
+  return reinterpret_cast<f32x16>(reinterpret_cast<u32x16>(_mm512_maskz_cvtepu16_epi32(0xFFFF, half)) << 16);
+#else
   u16x16 half;
   std::memcpy(&half, p, sizeof half);
   return reinterpret_cast<f32x16>(__builtin_convertvector(half, u32x16) << 16);
+#endif
 }
 
 // Thirty-two columns at p: two of them share a 32-bit word, so that a shift and a mask are all it takes. first and second hold them in
@@ -235,9 +241,13 @@ inline double fold_sum(f64x8 v) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4
 
 // Eight floats as doubles.
 inline f64x8 widen8(const float* p) {
+#if defined(__AVX512F__)  // GCC 12 makes two halves of the conversion
+  return reinterpret_cast<f64x8>(_mm512_maskz_cvtps_pd(0xFF, _mm256_loadu_ps(p)));
+#else
   f32x8 v;
   std::memcpy(&v, p, sizeof v);
   return __builtin_convertvector(v, f64x8);
+#endif
 }
 
 inline void narrow8(f64x8 v, float* p) {

@@ -178,5 +178,23 @@ inline double tile_sum(const TileMass& tile) {
   return sum;
 }
 
+inline float max_of(const TileMass* tiles, int64_t n) {
+  float max = kMinusInf;
+  for (int64_t t = 0; t < n; ++t) max = tiles[t].max > max ? tiles[t].max : max;
+  return max;
+}
+
+// Calls add(t, mass), for t < n in order, with each tile's mass measured against `max`: sums of its blocks (or its model_sum, at temperature 1)
+// times exp((its maximum - max) / T). In double, since this is where tiles are weighed against each other.
+template <class Add>
+void weigh_tiles(const TileMass* tiles, int64_t n, double max, double inverse, bool is_model, const Add& add) {
+  for (int64_t t = 0; t < n; t += 8) {
+    f64x8 d = splat(0.0);
+    for (int64_t j = 0; j < 8 && t + j < n; ++j) d[j] = static_cast<double>(tiles[t + j].max) - max;
+    const f64x8 scale = exp_negative(d * inverse);
+    for (int64_t j = 0; j < 8 && t + j < n; ++j) add(t + j, (is_model ? tiles[t + j].model_sum : tile_sum(tiles[t + j])) * scale[j]);
+  }
+}
+
 }  // namespace
 }  // namespace edlm

@@ -47,15 +47,15 @@ inline void philox_uniform8(int64_t seed, int64_t position, int64_t candidate, i
   u64x8 x = u64x8{} + static_cast<uint32_t>(position), y = lanes + static_cast<uint64_t>(candidate);
   u64x8 z = u64x8{} + static_cast<uint32_t>(offset), w = u64x8{} + static_cast<uint32_t>(purpose);
   const u64x8 m0 = u64x8{} + uint64_t{0xD2511F53u}, m1 = u64x8{} + uint64_t{0xCD9E8D57u};
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
+  u64x8 k0 = u64x8{} + static_cast<uint32_t>(seed), k1 = u64x8{} + (static_cast<uint64_t>(seed) >> 32);
   for (int round = 0; round < 10; ++round) {  // only the low halves count
     const u64x8 p0 = multiply_low(x, m0), p1 = multiply_low(z, m1);
-    x = (p1 >> 32) ^ y ^ uint64_t{k0};
-    z = (p0 >> 32) ^ w ^ uint64_t{k1};
+    x = (p1 >> 32) ^ y ^ k0;
+    z = (p0 >> 32) ^ w ^ k1;
     y = p1;
     w = p0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    k0 += uint64_t{0x9E3779B9u};
+    k1 += uint64_t{0xBB67AE85u};
   }
   const f64x8 first = to_double(x, y), second = to_double(z, w);
   std::memcpy(out->first, &first, sizeof first);
