@@ -47,22 +47,30 @@ struct Cut {
 };
 
 // Where, in descending order, the running weight of keys[0 .. n) reaches `target`: weight 1 each (by_mass false), or the softmax's. The
-// keys are reordered and lost.
+// keys are reordered and lost. At most eight bits are decided in a pass, the first from where the largest and the least key differ.
 inline Cut select_cut(uint32_t* keys, int64_t n, bool by_mass, const Softmax& softmax, double target) {
+  uint32_t least = keys[0], largest = keys[0];
+  for (int64_t i = 1; i < n; ++i) {
+    least = keys[i] < least ? keys[i] : least;
+    largest = keys[i] > largest ? keys[i] : largest;
+  }
   double before = 0;
   alignas(64) double weight[8];
-  for (int shift = 24;; shift -= 8) {
+  int undecided = largest == least ? 0 : 32 - __builtin_clz(largest - least);
+  for (;;) {
+    const int shift = undecided > 8 ? undecided - 8 : 0, size = 1 << (undecided - shift);
+    const auto digit_of = [&](uint32_t key) { return static_cast<int>((key - least) >> shift & static_cast<uint32_t>(size - 1)); };
     double mass[256] = {};
     int64_t count[256] = {};
     for (int64_t i = 0; i < n; i += 8) {
       if (by_mass) softmax.weights(keys + i, n - i, weight);
       for (int64_t j = 0; j < 8 && i + j < n; ++j) {
-        const int digit = static_cast<int>(keys[i + j] >> shift & 255);
+        const int digit = digit_of(keys[i + j]);
         ++count[digit];
         if (by_mass) mass[digit] += weight[j];
       }
     }
-    int digit = 255, last = 255;  // last: the lowest digit seen that has keys, where rounding keeps the target out of reach
+    int digit = size - 1, last = digit;  // last: the lowest digit seen that has keys, where rounding keeps the target out of reach
     for (; digit >= 0; --digit) {
       if (count[digit] == 0) continue;
       last = digit;
@@ -71,38 +79,36 @@ inline Cut select_cut(uint32_t* keys, int64_t n, bool by_mass, const Softmax& so
       before += here;
     }
     if (digit < 0) digit = last, before -= by_mass ? mass[last] : static_cast<double>(count[last]);
-    if (shift > 0) {
-      int64_t kept = 0;
-      for (int64_t i = 0; i < n; ++i)
-        if (static_cast<int>(keys[i] >> shift & 255) == digit) keys[kept++] = keys[i];
-      n = kept;
-      continue;
-    }
+    int64_t kept = 0;
+    for (int64_t i = 0; i < n; ++i)
+      if (digit_of(keys[i]) == digit) keys[kept++] = keys[i];
+    n = kept;
+    undecided = shift;
+    if (undecided > 0) continue;
     // All that are left are equal.
-    int64_t i = 0;
-    while (static_cast<int>(keys[i] & 255) != digit) ++i;
-    const uint32_t key = keys[i];
     double each = 1;
-    if (by_mass) softmax.weights(&key, 1, weight), each = weight[0];
+    if (by_mass) softmax.weights(keys, 1, weight), each = weight[0];
     int64_t ties = 1;
     if (each > 0) ties = static_cast<int64_t>(std::ceil(std::fmin((target - before) / each, 1e15)));
-    ties = ties < 1 ? 1 : ties > count[digit] ? count[digit] : ties;
-    return {key, ties, count[digit]};
+    return {keys[0], ties < 1 ? 1 : ties > n ? n : ties, n};
   }
 }
 
 // Keys of the columns with x >= bound, in no order that matters. Returns how many.
 template <class T>
 int64_t collect(const Row<T>& row, const TileMass* tiles, float bound, uint32_t* keys) {
-  alignas(64) float buffer[kTile];
   int64_t n = 0;
   for (int64_t t = 0; t < num_tiles(row.vocab); ++t) {
     if (tiles[t].max < bound || tiles[t].max == kMinusInf) continue;
-    const int64_t first = t * kTile, last = first + kTile < row.vocab ? first + kTile : row.vocab;
-    copy_columns(row, first, last, buffer);
-    for (int64_t i = 0; i < last - first; ++i) {
-      keys[n] = key_of(buffer[i]);
-      n += (buffer[i] >= bound) & (buffer[i] != kMinusInf);
+    for (int64_t first = t * kTile; first < (t + 1) * kTile && first < row.vocab; first += 16) {
+      const f32x16 v = read16(row, first);
+      if (!any(v >= bound)) continue;
+      float lanes[16];
+      std::memcpy(lanes, &v, sizeof lanes);
+      for (float x : lanes) {
+        keys[n] = key_of(x);
+        n += (x >= bound) & (x != kMinusInf);
+      }
     }
   }
   return n;

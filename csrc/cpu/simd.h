@@ -123,6 +123,16 @@ float to_float(T x) {
   return load_first(&x, 1)[0];
 }
 
+inline bool any(i32x16 mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) != 0;
+#else
+  uint64_t part[8];
+  std::memcpy(part, &mask, sizeof part);
+  return ((part[0] | part[1]) | (part[2] | part[3]) | (part[4] | part[5]) | (part[6] | part[7])) != 0;
+#endif
+}
+
 // Lanes where the mask is not 0 become -inf.
 inline f32x16 exclude(f32x16 v, i32x16 mask) {
   const i32x16 nothing = i32x16{} + static_cast<int32_t>(0xFF800000);
