@@ -28,6 +28,7 @@ PYBIND11_MODULE(_build, m) {
 #else
         const int levels = 1;
 #endif
+        compiled.reserve(levels);
         for (int i = 0; i < levels; ++i) compiled.push_back(edlm::isa_name(i));
         info["cpu_isa_compiled"] = compiled;
         info["cpu_isa_used"] = edlm::isa_name(edlm::isa_level());

@@ -285,7 +285,7 @@ bool resample_row(const ResampleArgs& args, int64_t row, double* w) {
   for (int64_t i = 0; i < n; ++i) w[i] = static_cast<double>(out[i]);
   int64_t at = 0;
   for (int64_t i = 0; i < n; ++i)
-    for (double copies = w[i]; copies > 0 && at < n; --copies) out[at++] = i;
+    for (auto copies = static_cast<int64_t>(w[i]); copies > 0 && at < n; --copies) out[at++] = i;
   return good;
 }
 

@@ -103,8 +103,8 @@ class Front {
 
  private:
   f32x16 max_[4];
+  alignas(64) float buffer_[sizeof(T) == sizeof(float) ? 16 : kTile];
   const float* wide_;
-  alignas(64) float buffer_[sizeof(T) == sizeof(float) ? 1 : kTile];
 };
 
 // The masses of the tile in `front`, of so many whole blocks, while `next` is filled with the tile at `ahead`: a maximum takes long to be
