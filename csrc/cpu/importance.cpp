@@ -18,8 +18,6 @@
 namespace edlm {
 namespace {
 
-using u64x8 = uint64_t __attribute__((vector_size(64)));
-
 const double kInf = __builtin_inf();
 const double kNaN = __builtin_nan("");
 
