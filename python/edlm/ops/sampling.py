@@ -156,7 +156,14 @@ def _sample_categorical_reference(
         if not rows.numel():
             continue
         tokens[rows], log_probs[rows], model_log_probs[rows], code = _sample_rows(
-            logits[rows].double(), num_samples, seed[rows], position[rows], offset.expand(n)[rows], temperature, (top_k, top_p, min_p), forbidden
+            logits[rows].double(),
+            num_samples,
+            seed[rows],
+            position[rows],
+            offset.expand(n)[rows],
+            temperature,
+            (top_k, top_p, min_p),
+            forbidden,
         )
         worst = torch.where(code >= 0, 4 * rows + code, _NOTHING).min()
         invalid = worst if invalid is None else torch.minimum(invalid, worst)
