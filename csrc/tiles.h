@@ -18,6 +18,7 @@ struct TileMass {
   float max;
   float block[kBlocksPerTile];
   float model_sum;
+  double sum;  // of the blocks
 };
 
 static inline int64_t num_tiles(int64_t vocab) { return (vocab + kTile - 1) / kTile; }

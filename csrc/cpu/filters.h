@@ -210,7 +210,7 @@ void filter_row(const SampleArgs& args, Row<T>* row, TileMass* tiles, float max,
   const float inverse = static_cast<float>(softmax.inverse);
   for (int64_t t = 0; t < n_tiles; ++t) {
     if (tiles[t].max < row->cut)
-      tiles[t] = {kMinusInf, {}, 0};
+      tiles[t] = {kMinusInf, {}, 0, 0};
     else
       read_tiles<true, false>(*row, inverse, t, t + 1, tiles);
   }

@@ -51,14 +51,6 @@ void read_row(const Rows& rows, int64_t row, int64_t n, double* out) {
   }
 }
 
-f64x8 load8(const double* p) {
-  f64x8 v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-void store8(double* p, f64x8 v) { std::memcpy(p, &v, sizeof v); }
-
 // log x for 2^-1000 < x < 2^1000, within an ulp or so: that of fdlibm. A row of K candidates needs K of them, and the C library's
 // took 5 ns a call in the baseline build but 150 ns in those of AVX2 and AVX-512 (glibc 2.36).
 __attribute__((always_inline)) inline f64x8 log_positive(f64x8 x) {

@@ -60,8 +60,9 @@ struct Block {
 template <class T>
 void read_block(const Row<T>& row, int64_t first, float max, float inverse, Block* block) {
   f32x16 e[kGroups];
+  const bool is_plain = first + kBlock <= row.vocab && !excludes(row, first, first + kBlock);
   for (int g = 0; g < kGroups; ++g) {
-    const f32x16 v = read16(row, first + kGroup * g);
+    const f32x16 v = is_plain ? load16(row.x + first + kGroup * g) : read16(row, first + kGroup * g);
     std::memcpy(block->logits + kGroup * g, &v, sizeof v);
     e[g] = exp_negative((v - max) * inverse);
   }
@@ -74,15 +75,18 @@ void read_block(const Row<T>& row, int64_t first, float max, float inverse, Bloc
 inline void read_group(const float* logits, float max, double inverse, double* prefix) {
   const f64x8 first = scan(exp_negative((widen8(logits) - static_cast<double>(max)) * inverse));
   const f64x8 second = scan(exp_negative((widen8(logits + 8) - static_cast<double>(max)) * inverse)) + first[7];
-  std::memcpy(prefix, &first, sizeof first);
-  std::memcpy(prefix + 8, &second, sizeof second);
+  store8(prefix, first);
+  store8(prefix + 8, second);
 }
 
-// The index that `share` of the mass points at; the last one that has mass where rounding leaves none.
+// The first index whose prefix exceeds target; the last one that has mass where rounding leaves none. For n of 4, 8, 16.
 template <int n>
 int pick(const double* prefix, double target) {
   int index = 0;
-  for (int i = 0; i < n; ++i) index += prefix[i] <= target;
+  if constexpr (n % 8 == 0)
+    for (int i = 0; i < n; i += 8) index += count_up_to(load8(prefix + i), target);
+  else
+    for (int i = 0; i < n; ++i) index += prefix[i] <= target;
   if (index < n) return index;
   for (index = n - 1; index > 0 && prefix[index] == prefix[index - 1];) --index;
   return index;
@@ -101,9 +105,8 @@ struct Place {
 };
 
 inline Place place_in(const TileMass& tile, int64_t t, double u) {
-  double prefix[kBlocksPerTile];
-  prefix[0] = tile.block[0];
-  for (int i = 1; i < kBlocksPerTile; ++i) prefix[i] = prefix[i - 1] + tile.block[i];
+  alignas(64) double prefix[kBlocksPerTile];
+  store8(prefix, scan(widen8(tile.block)));
   const double target = u * prefix[kBlocksPerTile - 1];
   const int b = pick<kBlocksPerTile>(prefix, target);
   return {t, b, (target - (b > 0 ? prefix[b - 1] : 0.0)) / tile.block[b]};
@@ -184,7 +187,7 @@ Total prefix_of(const SampleArgs& args, Row<T>& row, TileMass* tiles, double* sc
   const double inverse = inverse_temperature(args.temperature);
   Total result{-1, max_of(tiles, n), 0, 0};
   for (int64_t t = 0; t < n; ++t)
-    if (!(tile_sum(tiles[t]) <= 1e30)) result.code = kNonFinite;
+    if (!(tiles[t].sum <= 1e30)) result.code = kNonFinite;
   if (result.code < 0 && result.max == kMinusInf) result.code = kNoSupport;
   if (result.code >= 0) return result;
 
@@ -390,7 +393,7 @@ int64_t law_of(const SampleArgs& args, int64_t r, TileMass* tiles, double* scrat
       read_block(row, first, tiles[t].max, static_cast<float>(inverse), &block);
       for (int g = 0; g < kGroups; ++g) {
         const double mass = block.group[g] - (g > 0 ? block.group[g - 1] : 0.0);
-        const double p_group = mass > 0 ? p_tile * tiles[t].block[b] / tile_sum(tiles[t]) * mass / block.group[kGroups - 1] : 0.0;
+        const double p_group = mass > 0 ? p_tile * tiles[t].block[b] / tiles[t].sum * mass / block.group[kGroups - 1] : 0.0;
         alignas(64) double column[kGroup];
         read_group(block.logits + kGroup * g, tiles[t].max, inverse, column);
         for (int i = 0; i < kGroup && first + kGroup * g + i < args.vocab; ++i)

@@ -265,6 +265,24 @@ inline void narrow8(f64x8 v, float* p) {
   std::memcpy(p, &narrow, sizeof narrow);
 }
 
+inline f64x8 load8(const double* p) {
+  f64x8 v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store8(double* p, f64x8 v) { std::memcpy(p, &v, sizeof v); }
+
+// How many lanes are at most x.
+inline int count_up_to(f64x8 v, double x) {
+#if defined(__AVX512F__)
+  return __builtin_popcount(_mm512_cmp_pd_mask(reinterpret_cast<__m512d>(v), _mm512_set1_pd(x), _CMP_LE_OQ));
+#else
+  const i64x8 n = v <= x;
+  return -static_cast<int>(((n[0] + n[1]) + (n[2] + n[3])) + ((n[4] + n[5]) + (n[6] + n[7])));
+#endif
+}
+
 inline f64x8 min_with_0(f64x8 v) { return reinterpret_cast<f64x8>(reinterpret_cast<i64x8>(v) & (v < 0.0)); }
 
 // n + 1 in the lanes where a <= b.

@@ -135,6 +135,7 @@ void tile_mass(const Front<T>& front, int blocks, float inverse, TileMass* tile,
   const f32x4 low = fold_sums(sum[0], sum[1], sum[2], sum[3]), high = fold_sums(sum[4], sum[5], sum[6], sum[7]);
   std::memcpy(tile->block, &low, sizeof low);
   std::memcpy(tile->block + 4, &high, sizeof high);
+  tile->sum = fold_sum(widen8(tile->block));
   if constexpr (kModel) tile->model_sum = fold_sum(model);
 }
 
@@ -172,12 +173,6 @@ void read_tiles(const Row<T>& row, float inverse, int64_t begin, int64_t end, Ti
    : args.dtype == DType::kBFloat16 ? kernel<bf16>(__VA_ARGS__)    \
                                     : kernel<f16>(__VA_ARGS__))
 
-inline double tile_sum(const TileMass& tile) {
-  double sum = 0;
-  for (float block : tile.block) sum += block;
-  return sum;
-}
-
 inline float max_of(const TileMass* tiles, int64_t n) {
   float max = kMinusInf;
   for (int64_t t = 0; t < n; ++t) max = tiles[t].max > max ? tiles[t].max : max;
@@ -192,7 +187,7 @@ void weigh_tiles(const TileMass* tiles, int64_t n, double max, double inverse, b
     f64x8 d = splat(0.0);
     for (int64_t j = 0; j < 8 && t + j < n; ++j) d[j] = static_cast<double>(tiles[t + j].max) - max;
     const f64x8 scale = exp_negative(d * inverse);
-    for (int64_t j = 0; j < 8 && t + j < n; ++j) add(t + j, (is_model ? tiles[t + j].model_sum : tile_sum(tiles[t + j])) * scale[j]);
+    for (int64_t j = 0; j < 8 && t + j < n; ++j) add(t + j, (is_model ? tiles[t + j].model_sum : tiles[t + j].sum) * scale[j]);
   }
 }
 
