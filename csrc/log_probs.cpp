@@ -46,10 +46,13 @@ std::tuple<Tensor, Tensor, Tensor> gather(Tensor logits, Tensor tokens, double t
   args.log_probs = static_cast<float*>(log_probs.mutable_data_ptr());
   args.stats = static_cast<float*>(stats.mutable_data_ptr());
   const LogProbKernels& kernels = log_prob_kernels();
+  const bool is_small = args.vocab <= kSmallVocab;
   Report report;
   for_each_row(
       args.batch * args.length, args.vocab, 0,
-      [&](int64_t r, int64_t begin, int64_t end, TileMass* tiles) { kernels.tile_masses(args, r, begin, end, tiles); },
+      [&](int64_t r, int64_t begin, int64_t end, TileMass* tiles) {
+        if (!is_small) kernels.tile_masses(args, r, begin, end, tiles);
+      },
       [&](int64_t r, TileMass* tiles, double*) {
         if (!kernels.gather(args, r, tiles)) report.add(r);
       });

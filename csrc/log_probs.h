@@ -27,7 +27,7 @@ struct LogProbArgs {
 struct LogProbKernels {
   // Tiles [begin, end) of a row into tiles[begin .. end).
   void (*tile_masses)(const LogProbArgs&, int64_t row, int64_t begin, int64_t end, TileMass* tiles);
-  // log_probs and stats of a row from its tiles; NaN where it holds NaN or +inf, or nothing finite. False: an id is out of range.
+  // log_probs and stats of a row from its tiles (not looked at up to kSmallVocab columns); NaN where it holds NaN or +inf, or nothing finite. False: an id is out of range.
   bool (*gather)(const LogProbArgs&, int64_t row, const TileMass* tiles);
   // Folds a chunk of the vocabulary into `running`: tokens (one a row) count from the chunk's first column, and may lie outside.
   void (*fold)(const LogProbArgs&, int64_t row, const TileMass* tiles);

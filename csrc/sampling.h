@@ -5,9 +5,6 @@
 
 namespace edlm {
 
-// Rows of up to so many columns are drawn from one prefix of all their columns, and have no tiles to keep.
-constexpr int kSmallVocab = 128;
-
 // Codes of a bad row; a kernel reports 4 * row + code, the smallest of all.
 enum BadRow : int64_t { kNonFinite = 0, kNoSupport = 1, kOutOfRange = 2 };
 

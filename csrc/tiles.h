@@ -10,6 +10,9 @@ constexpr int kTile = 512;
 constexpr int kBlock = 64;
 constexpr int kBlocksPerTile = kTile / kBlock;
 
+// Rows of up to so many columns are read at once where they are finished, and have no tiles to keep.
+constexpr int kSmallVocab = 128;
+
 enum class DType { kFloat32, kBFloat16, kFloat16 };
 
 // What one read of a tile leaves. The sums are of exp((x - max) / temperature) over blocks of 64 columns; model_sum is that of

@@ -33,25 +33,44 @@ float logit_at(const Row<T>& row, int64_t id) {
   return read16(row, id)[0];
 }
 
+// A row of few columns, all at once: its maximum, and the sum of exp((x - max) / T).
+template <class T>
+double sum_small(const Row<T>& row, float inverse, float* max) {
+  f32x16 v[kSmallVocab / 16], top = splat(kMinusInf), sum = splat(0.0f);
+  const int n = static_cast<int>(row.vocab + 15) / 16;
+  for (int i = 0; i < n; ++i) {
+    v[i] = read16(row, 16 * i);
+    top = max_or_second(v[i], top);
+  }
+  *max = fold_max(top);
+  for (int i = 0; i < n; ++i) sum += exp_negative((v[i] - *max) * inverse);
+  return fold_sum(sum);
+}
+
 template <class T>
 bool gather_of(const LogProbArgs& args, int64_t r, const TileMass* tiles) {
   const Row<T> row = row_of<T>(args, r);
   const double inverse = inverse_temperature(args.temperature);
-  const int64_t n = num_tiles(args.vocab);
-  const float max = max_of(tiles, n);
+  const int64_t n = num_tiles(args.vocab), num_tokens = args.num_tokens;
+  float max;
   double total = 0;
-  weigh_tiles(tiles, n, max, inverse, false, [&](int64_t, double mass) { total += mass; });
+  if (args.vocab <= kSmallVocab) {
+    total = sum_small(row, static_cast<float>(inverse), &max);
+  } else {
+    max = max_of(tiles, n);
+    weigh_tiles(tiles, n, max, inverse, false, [&](int64_t, double mass) { total += mass; });
+  }
   // The sum is NaN where a NaN or +inf is, and where all maxima are -inf.
   const double lse = total <= 1e30 ? std::log(total) : __builtin_nan("");
   args.stats[2 * r] = max;
   args.stats[2 * r + 1] = static_cast<float>(lse);
   bool valid = true;
-  for (int64_t k = 0; k < args.num_tokens; ++k) {
-    const int64_t id = args.tokens[r * args.num_tokens + k];
+  for (int64_t k = 0; k < num_tokens; ++k) {
+    const int64_t id = args.tokens[r * num_tokens + k];
     const bool is_id = id >= 0 && id < args.vocab;
     valid = valid && is_id;
     const double log_prob = is_id ? (static_cast<double>(logit_at(row, id)) - max) * inverse - lse : __builtin_nan("");
-    args.log_probs[r * args.num_tokens + k] = static_cast<float>(log_prob > 0 ? 0 : log_prob);
+    args.log_probs[r * num_tokens + k] = static_cast<float>(log_prob > 0 ? 0 : log_prob);
   }
   return valid;
 }
