@@ -83,6 +83,8 @@ def expand_seed(seed: int | torch.Tensor, n: int, device: torch.device | str | N
         raise ValueError(f"seed: expected an int or an int64 tensor, got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed: expected a 64-bit integer, got {seed}")
+    if seed < 2**63 - n:  # one small op where the seeds do not wrap
+        return torch.arange(seed, seed + n, dtype=torch.int64, device=device)
     return torch.arange(n, dtype=torch.int64, device=device) + seed
 
 
