@@ -80,6 +80,12 @@ def test_seeds_are_64_bit_and_consecutive():
     assert expand_seed(-1, 2).tolist() == [-1, 0]
 
 
+def test_seeds_of_a_batch_wrap():
+    assert expand_seed(-2, 4).tolist() == [-2, -1, 0, 1]
+    for n in (2, 3, 4):
+        assert expand_seed(2**63 - 3, n).tolist() == [2**63 - 3, 2**63 - 2, 2**63 - 1, -(2**63)][:n]
+
+
 @pytest.mark.parametrize("seed", [1.5, True, None, 2**63, torch.tensor([1.0, 2.0]), torch.tensor([1, 2, 3])])
 def test_bad_seed(seed):
     with pytest.raises(ValueError, match=r"seed: expected"):
