@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if options.repetitions is not None and options.repetitions < 3:
         raise ValueError(f"--repetitions: expected at least 3, for quartiles, got {options.repetitions}")
-    if options.json and not Path(options.json).resolve().parent.is_dir():
+    if options.json and (Path(options.json).is_dir() or not Path(options.json).resolve().parent.is_dir()):
         raise ValueError(f"--json: expected a file in a folder that exists, got {options.json}")
     modules = {family: importlib.import_module(f".ops.bench_{family}", __package__) for family in families}
     timed_ops = [op for module in modules.values() for op in module.OPS]
@@ -38,6 +38,8 @@ def run(options: argparse.Namespace) -> int:
             f"expected compiled kernels, got references of {', '.join(slow)}: timing them would say nothing of the kernels. Build "
             "edlm (`edlm info` tells what is there), choose other families with --family, or give --allow-reference"
         )
+    if not 0 <= options.seed < 2**63:
+        raise ValueError(f"--seed: expected 0 .. 2**63 - 1, got {options.seed}")
     torch.manual_seed(options.seed)
     begin, smoke = time.time(), options.effort == "smoke"
     # Half of a smoke's seconds would go into compiling what it does not time.
@@ -76,6 +78,8 @@ def _show(rows: list[dict]) -> None:
 def _read(path: str, families: list[str]) -> dict:
     try:
         document = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"--markdown: {path}: expected a file that --json wrote ({error.strerror})") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"--markdown: {path}: expected a file that --json wrote, got no JSON ({error})") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:

@@ -111,7 +111,10 @@ def verdict_table(found: list[Verdict]) -> str:
 
 def verdict_lines(found: list[Verdict]) -> str:
     """The same for a terminal."""
-    lines = [f"  {v.word:<13}{v.measured:>9}  wanted {v.wanted:<9}  {v.claim} ({v.where})" for v in found]
+    measured = [v for v in found if v.met is not None]
+    lines = [f"  {v.word:<13}{v.measured:>9}  wanted {v.wanted:<9}  {v.claim} ({v.where})" for v in measured]
+    if len(measured) < len(found):
+        lines.append(f"  {len(found) - len(measured)} claims of these families were not measured in this run")
     return "\n".join(["", "Verdict", *lines])
 
 
@@ -126,7 +129,11 @@ def machine_line(document: dict) -> str:
         f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['isa']}, {caches or 'caches unknown'}, "
         f"huge pages {m['transparent_huge_pages']}; torch {versions['torch']}, edlm {versions['edlm']} "
         f"({commit}). Medians of interleaved rounds; made by `{document['command']}`.{references}"
-        + (f" Without what inductor compiles: {document['inductor_problem']}." if document["inductor_problem"] else "")
+        + (
+            f" Nothing was timed that torch.compile would make: {document['inductor_problem']}."
+            if document["inductor_problem"]
+            else ""
+        )
     )
 
 

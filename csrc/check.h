@@ -28,9 +28,11 @@ inline std::string shape_of(const Tensor& tensor) {
   return text + "]";
 }
 
-// Python checks users' arguments; this guards kernels against callers of torch.ops.edlm.* itself. -1 is any size.
-inline void check(const char* op, const char* name, const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape) {
-  bool same = tensor.dim() == static_cast<int64_t>(shape.size()) && tensor.scalar_type() == dtype && tensor.is_contiguous();
+// Python checks users' arguments; these guard kernels against callers of torch.ops.edlm.* itself. -1 is any size.
+inline void check_strided(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
+                          std::initializer_list<int64_t> shape, bool contiguous = false) {
+  bool same = tensor.dim() == static_cast<int64_t>(shape.size()) && tensor.scalar_type() == dtype &&
+              (!contiguous || tensor.is_contiguous());
   std::string expected;
   int64_t i = 0;
   for (int64_t size : shape) {
@@ -38,8 +40,12 @@ inline void check(const char* op, const char* name, const Tensor& tensor, Scalar
     expected += (i++ ? ", " : "") + (size < 0 ? std::string("any") : std::to_string(size));
   }
   if (!same)
-    fail(op, ": ", name, ": expected a contiguous tensor of scalar type ", static_cast<int>(dtype), " and shape [", expected,
-         "], got scalar type ", static_cast<int>(tensor.scalar_type()), " and shape ", shape_of(tensor));
+    fail(op, ": ", name, ": expected a ", contiguous ? "contiguous " : "", "tensor of scalar type ", static_cast<int>(dtype),
+         " and shape [", expected, "], got scalar type ", static_cast<int>(tensor.scalar_type()), " and shape ", shape_of(tensor));
+}
+
+inline void check(const char* op, const char* name, const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape) {
+  check_strided(op, name, tensor, dtype, shape, true);
 }
 
 // The dtype of logits with unit stride in V; anything else is an error.

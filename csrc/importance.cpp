@@ -22,21 +22,6 @@ namespace {
 
 using torch::stable::new_empty;
 
-// As check(), for tensors that are read through their strides.
-void check_strided(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
-                   std::initializer_list<int64_t> shape) {
-  bool same = tensor.dim() == static_cast<int64_t>(shape.size()) && tensor.scalar_type() == dtype;
-  std::string expected;
-  int64_t i = 0;
-  for (int64_t size : shape) {
-    same = same && tensor.size(i) == size;
-    expected += (i++ ? ", " : "") + std::to_string(size);
-  }
-  if (!same)
-    fail(op, ": ", name, ": expected a tensor of scalar type ", static_cast<int>(dtype), " and shape [", expected,
-         "], got scalar type ", static_cast<int>(tensor.scalar_type()), " and shape ", shape_of(tensor));
-}
-
 Rows rows_of(const char* op, const char* name, const Tensor& tensor) {
   if (tensor.dim() != 2 || tensor.size(1) < 1)
     fail(op, ": ", name, ": expected two axes and at least one column, got the shape ", shape_of(tensor));
@@ -161,8 +146,8 @@ std::tuple<Tensor, Tensor> reverse_step(Tensor xt, Tensor x0, Tensor index, Tens
     if (i < 0 || i >= candidates) bad = b;
   }
   *longs(invalid) = bad;
-  torch::stable::parallel_for(0, batch * length, 16384,
-                              [&](int64_t begin, int64_t end) { importance_kernels().reverse(args, begin, end); });
+  const ImportanceKernels& kernels = importance_kernels();
+  torch::stable::parallel_for(0, batch * length, 16384, [&](int64_t begin, int64_t end) { kernels.reverse(args, begin, end); });
   return {xs, invalid};
 }
 

@@ -90,6 +90,7 @@ Tensor gather_backward(Tensor grad, Tensor logits, Tensor tokens, Tensor stats, 
 // chunk float32 [N, C], tokens [N]; running float64 [N, 3]; stats and grad float32.
 LogProbArgs chunk_arguments(const char* op, const Tensor& chunk, const Tensor& tokens, const Tensor& forbidden) {
   check(op, "chunk", chunk, ScalarType::Float, {-1, -1});
+  if (chunk.size(1) < 1) fail(op, ": chunk: expected at least one column, got the shape ", shape_of(chunk));
   check(op, "tokens", tokens, ScalarType::Long, {chunk.size(0)});
   check(op, "forbidden", forbidden, ScalarType::Long, {-1});
   LogProbArgs args{};

@@ -114,10 +114,11 @@ Result sample_candidates(Tensor logits, Tensor xt, int64_t mask_token_id, int64_
         rows.push_back(row);
         continue;
       }
-      if (token[row] < 0 || token[row] >= args.vocab) report.add(4 * row + kOutOfRange);
+      const bool is_id = token[row] >= 0 && token[row] < args.vocab;
+      if (!is_id) report.add(4 * row + kOutOfRange);
       for (int64_t k = 0; k < num_candidates; ++k) {
         const int64_t at = (b * num_candidates + k) * length + l;
-        args.tokens[at] = token[row];
+        args.tokens[at] = is_id ? token[row] : 0;
         args.log_probs[at] = 0.0f;
         if (args.model_log_probs) args.model_log_probs[at] = 0.0f;
       }
@@ -152,7 +153,8 @@ Result sample_categorical(Tensor logits, int64_t num_samples, Tensor position, d
 
 }  // namespace
 
-// For tests: the law of a draw from one float32 row, as the compiled kernel has it. Returns -1, or a BadRow code.
+// For tests, which alone call it, with what it does not check: the law of a draw from one float32 row, as the compiled kernel has it. Returns
+// -1, or a BadRow code.
 extern "C" __attribute__((visibility("default"))) int64_t edlm_sampling_law(const float* logits, int64_t vocab, double temperature,
                                                                             int64_t top_k, double top_p, double min_p, double* probs) {
   SampleArgs args{};

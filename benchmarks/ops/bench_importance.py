@@ -54,12 +54,17 @@ def resampling(session: Session, batch: int, n: int) -> None:
 
 
 def reverse(session: Session, batch: int, length: int, k: int) -> None:
-    """Half of the positions open. One token of one sequence beside it, in the same rounds: what a call itself costs."""
+    """Half of the positions open. One token of one sequence beside it, in the same rounds: what a call itself costs.
+
+    Two inputs in turn, which stay in a cache as what the steps before have just written does: candidates are K times as large as
+    xt, and more of them would be cold where xt is not.
+    """
+    sets = 2
     generator = session.inputs.generator
-    xt = torch.randint(50257, (SETS, batch, length), generator=generator)
-    x0 = torch.randint(50257, (SETS, batch, k, length), generator=generator)
-    index = torch.randint(k, (SETS, batch), generator=generator)
-    open_time = torch.rand(SETS, batch, length, generator=generator, dtype=torch.float64)
+    xt = torch.randint(50257, (sets, batch, length), generator=generator)
+    x0 = torch.randint(50257, (sets, batch, k, length), generator=generator)
+    index = torch.randint(k, (sets, batch), generator=generator)
+    open_time = torch.rand(sets, batch, length, generator=generator, dtype=torch.float64)
     one = [t[:, :1, ..., :1].contiguous() for t in (xt, x0, open_time)]
 
     def by_hand(i: int) -> torch.Tensor:
@@ -69,15 +74,15 @@ def reverse(session: Session, batch: int, length: int, k: int) -> None:
     variants = [
         Variant(
             "reverse_step",
-            lambda i: reverse_step(xt[i % SETS], x0[i % SETS], index[i % SETS], open_time[i % SETS], 0.5),
+            lambda i: reverse_step(xt[i % sets], x0[i % sets], index[i % sets], open_time[i % sets], 0.5),
             8 * batch * (4 * length + 1),
             k,
         ),
-        Variant("xt.clone()", lambda i: xt[i % SETS].clone(), 16 * batch * length),
-        Variant("gather + torch.where", lambda i: by_hand(i % SETS), 8 * batch * (4 * length + 1), k),
+        Variant("xt.clone()", lambda i: xt[i % sets].clone(), 16 * batch * length),
+        Variant("gather + torch.where", lambda i: by_hand(i % sets), 8 * batch * (4 * length + 1), k),
         Variant(
             "reverse_step, B = 1, L = 1",
-            lambda i: reverse_step(one[0][i % SETS], one[1][i % SETS], index[i % SETS, :1], one[2][i % SETS], 0.5),
+            lambda i: reverse_step(one[0][i % sets], one[1][i % sets], index[i % sets, :1], one[2][i % sets], 0.5),
             40,
             k,
         ),

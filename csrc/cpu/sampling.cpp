@@ -361,7 +361,7 @@ int64_t draw_small(const SampleArgs& args, int64_t r, double* scratch) {
     std::memcpy(ids, &index, sizeof index);
     for (int64_t j = 0; j < 8 && k + j < num_samples; ++j) {
       const int64_t id = ids[j] < small.last ? ids[j] : small.last;
-      out.write(k + j, id, log_probs[id], model_log_probs[id]);
+      out.write(k + j, id, log_probs[id], args.model_log_probs ? model_log_probs[id] : 0.0f);
     }
   }
   return -1;

@@ -25,7 +25,7 @@ def program(tmp_path_factory):
             pytest.skip(f"{tool} is not installed")
     out = tmp_path_factory.mktemp("aarch64") / "kernels"
     sources = [ROOT / "tests/ops/kernels.cpp", *(ROOT / "csrc/cpu" / f"{family}.cpp" for family in ("sampling", "log_probs"))]
-    flags = ["-std=c++20", "-O2", "-fno-math-errno", "-fno-trapping-math", "-DEDLM_ISA=baseline", f"-I{ROOT / 'csrc'}", "-static"]
+    flags = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-DEDLM_ISA=baseline", f"-I{ROOT / 'csrc'}", "-static"]
     subprocess.run([COMPILER, *flags, *map(str, sources), "-o", str(out)], check=True)
     return out
 

@@ -59,16 +59,15 @@ FILTERS = st.tuples(
 
 
 def agrees(got, reference, temperature, filters):
-    """Tokens but where a boundary lies within rounding, and log-probabilities where tokens agree."""
+    """Every token: a boundary within rounding of a uniform is rarer than one in the draws of all these examples, which are fixed."""
     tokens, log_probs, model, _ = reference
     if temperature == 1 and filters == (0, 1.0, 0.0):
         model = log_probs
-    same = got.tokens == tokens
-    assert (~same).sum() <= 1
+    assert torch.equal(got.tokens, tokens)
     # x / T itself is a float64 number here and a float32 difference there: the tolerance is that of the logits' distances.
     tolerance = {"atol": 3e-6, "rtol": 1e-5}
-    torch.testing.assert_close(got.log_probs[same], log_probs[same], **tolerance)
-    torch.testing.assert_close(got.model_log_probs[same], model[same], **tolerance)
+    torch.testing.assert_close(got.log_probs, log_probs, **tolerance)
+    torch.testing.assert_close(got.model_log_probs, model, **tolerance)
 
 
 def as_op(temperature, filters):
@@ -98,7 +97,7 @@ def test_sample_categorical(data):
 
     code = int(reference[3])
     if code >= 0:
-        with pytest.raises(ValueError, match=rf"in row {code // 4}[;, ]?.*"):
+        with pytest.raises(ValueError, match=rf"in row {code // 4}\b"):
             call()
         return
     agrees(call(), reference, temperature, as_op(temperature, filters))
@@ -115,6 +114,8 @@ def test_sample_candidates(data):
     mask = data.draw(st.integers(0, vocab_size - 1))
     xt = torch.randint(0, vocab_size, (batch, length))
     xt[torch.rand(batch, length) < 0.6] = mask
+    if data.draw(st.integers(0, 9)) == 0 and batch * length:
+        xt[-1, -1] = data.draw(st.sampled_from([-1, vocab_size, 2**40]))
     active = (torch.rand(batch, length) < 0.7) if data.draw(st.booleans()) else None
     temperature, filters = data.draw(TEMPERATURES), data.draw(FILTERS)
     seed, offset = torch.randint(-(2**62), 2**62, (batch,)), torch.randint(0, 99, (1,))

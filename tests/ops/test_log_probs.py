@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from edlm.ops import gather_log_probs, linear_log_probs, log_probs
+from edlm.ops import _library, gather_log_probs, linear, linear_log_probs, log_probs
 
 
 def expected_gather(logits, tokens, temperature=1.0, forbidden=None):
@@ -133,10 +133,11 @@ def test_chunks_change_nothing_but_rounding(dtype, monkeypatch, device):
         return out.detach(), *(x.grad.float() for x in inputs), gather_log_probs(logits, tokens)
 
     whole = everything()
-    assert log_probs._chunk_shape(29, 1300) == (29, 1300)
-    monkeypatch.setattr(log_probs, "_CHUNK_BYTES", 4 * 7 * 512)
-    monkeypatch.setattr(log_probs, "_CHUNK_ROWS", 7)
-    assert log_probs._chunk_shape(29, 1300) == (7, 512)
+    assert linear._chunk_shape(29, 1300) == (29, 1300)
+    for module in (linear, log_probs):
+        monkeypatch.setattr(module, "_CHUNK_BYTES", 4 * 7 * 512)
+    monkeypatch.setattr(linear, "_CHUNK_ROWS", 7)
+    assert linear._chunk_shape(29, 1300) == (7, 512)
     for chunked, one in zip(everything(), whole, strict=True):
         torch.testing.assert_close(chunked, one, atol=2e-5 if dtype == torch.float32 else 0.05, rtol=0)
 
@@ -163,7 +164,26 @@ def test_linear_never_stores_all_logits():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         linear_log_probs(hidden, weight, tokens)
     largest = max(event.self_cpu_memory_usage for event in profile.events())
-    assert 0 < largest <= 2 * log_probs._CHUNK_BYTES < n * v * 4
+    assert 0 < largest <= 2 * linear._CHUNK_BYTES < n * v * 4
+
+
+def test_forward_mode_is_refused(device):
+    """It would drop the tangent and say nothing."""
+    logits, tokens = torch.randn(3, 5, device=device), torch.zeros(3, dtype=torch.int64, device=device)
+    weight = torch.randn(4, 5, device=device)
+    for call in (lambda x: gather_log_probs(x, tokens), lambda x: linear_log_probs(x, weight, tokens)):
+        with pytest.raises(RuntimeError, match="log_probs: reverse-mode gradients only"):
+            torch.func.jvp(call, (logits,), (torch.ones_like(logits),))
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="reverse-mode gradients only"):
+            call(torch.autograd.forward_ad.make_dual(logits, torch.ones_like(logits)))
+
+
+def test_the_chunk_ops_check_their_callers():
+    none = torch.zeros(0, dtype=torch.int64)
+    if "cpu" not in _library.LOADED:
+        pytest.skip("nothing is compiled")
+    with pytest.raises(RuntimeError, match="chunk: expected at least one column"):
+        torch.ops.edlm.linear_fold(torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, 0), torch.zeros(2).long(), none)
 
 
 def test_empty(device):
@@ -185,6 +205,8 @@ BAD_GATHER = [
     ({"logits": LOGITS.double()}, r"logits: expected a float32, bfloat16 or float16 tensor \[..., V\], got torch.float64"),
     ({"temperature": 0.0}, r"temperature: expected a positive, finite number, got 0.0"),
     ({"temperature": -1.0}, r"temperature: expected a positive, finite number, got -1.0"),
+    ({"temperature": None}, r"temperature: expected a number, got NoneType"),
+    ({"logits": torch.zeros(2, 3000), "tokens": torch.full((2, 3000), -1)}, r"got \[-1, -1, .* \.\.\. 3000 in all\] in row 0$"),
     ({"forbidden": 7}, r"forbidden: expected ids in 0 .. 4, got 7"),
 ]
 
@@ -197,8 +219,15 @@ def test_gather_bad_input(change, message):
 
 HIDDEN, WEIGHT = torch.zeros(2, 3), torch.zeros(5, 3)
 BAD_LINEAR = [
-    ({"hidden": torch.zeros(2, 3, 1)}, r"hidden: expected a floating tensor \[N, D\], got torch.float32 \[2, 3, 1\]"),
-    ({"weight": torch.zeros(5, 4)}, r"weight: expected a floating tensor \[V, D\] with D = 3, got torch.float32 \[5, 4\]"),
+    ({"hidden": None}, r"hidden: expected a float32, bfloat16 or float16 tensor \[N, D\], got NoneType"),
+    (
+        {"weight": torch.zeros(5, 3).double()},
+        r"weight: expected a float32, bfloat16 or float16 tensor \[V, D\], got torch.float64",
+    ),
+    ({"bias": torch.zeros(5).long()}, r"bias: expected a float32, bfloat16 or float16 tensor \[V\], got torch.int64"),
+    ({"forbidden": 1.5}, r"forbidden: expected ids in 0 .. 4, got 1.5"),
+    ({"hidden": torch.zeros(2, 3, 1)}, r"hidden: expected the shape \[N, D\], got \[2, 3, 1\]"),
+    ({"weight": torch.zeros(5, 4)}, r"weight: expected the shape \[V, D\] with V >= 1 and D = 3, got \[5, 4\]"),
     ({"tokens": torch.tensor([0, 9])}, r"tokens: expected ids in 0 .. 4, got 9 in row 1"),
     ({"tokens": torch.zeros(3, dtype=torch.int64)}, r"tokens: expected a torch.int64 tensor of shape \[2\]"),
     ({"bias": torch.zeros(4)}, r"bias: expected a torch.float32 tensor of shape \[5\], got torch.float32 \[4\]"),

@@ -163,6 +163,12 @@ def test_bad_forbidden_tensor():
             sample_categorical(torch.zeros(1, 5), forbidden=torch.tensor(ids), seed=0)
 
 
+@pytest.mark.parametrize("position", [1.5, True, None])
+def test_bad_position(position):
+    with pytest.raises(ValueError, match="position: expected an int or an int64 tensor"):
+        sample_categorical(torch.zeros(2, 5), position=position, seed=0)
+
+
 def test_the_op_itself_checks_its_callers():
     """Who calls torch.ops.edlm.* directly gets an error too, never a wild read."""
     zeros = torch.zeros(1, dtype=torch.int64)

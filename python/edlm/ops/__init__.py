@@ -3,7 +3,8 @@
 from ._library import backends
 from ._philox import Purpose, philox_uniform
 from .importance import Selection, resample, reverse_step, select_candidate
-from .log_probs import gather_log_probs, linear_log_probs
+from .linear import linear_log_probs
+from .log_probs import gather_log_probs
 from .sampling import Candidates, sample_candidates, sample_categorical
 
 __all__ = [

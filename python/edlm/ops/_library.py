@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 # Raised together with csrc/module.cpp whenever the schema of a compiled op changes.
 ABI = 2
@@ -100,16 +101,19 @@ def backends() -> dict[str, dict[str, str]]:
     return {name: {"cpu": kind(kernel, "CPU"), "cuda": kind(kernel, "CUDA")} for name, kernel in _OPS.items()}
 
 
-def check_logits(name: str, logits: torch.Tensor, dims: str) -> None:
-    """``logits`` must be a floating tensor with the named axes, the last one (V) not empty."""
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)  # what kernels read
+
+
+def check_logits(name: str, logits: torch.Tensor, dims: str, argument: str = "logits", may_be_empty: bool = False) -> None:
+    """A floating tensor with the named axes, the last one (V) not empty."""
     axes = dims.strip("[]").split(", ")
-    if not isinstance(logits, torch.Tensor) or logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if not isinstance(logits, torch.Tensor) or logits.dtype not in FLOATING:
         got = f"{logits.dtype}" if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise ValueError(f"{name}: logits: expected a float32, bfloat16 or float16 tensor {dims}, got {got}")
+        raise ValueError(f"{name}: {argument}: expected a float32, bfloat16 or float16 tensor {dims}, got {got}")
     if axes[0] != "..." and logits.dim() != len(axes):
-        raise ValueError(f"{name}: logits: expected the shape {dims}, got {list(logits.shape)}")
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"{name}: logits: expected a vocabulary of at least one column, got the shape {list(logits.shape)}")
+        raise ValueError(f"{name}: {argument}: expected the shape {dims}, got {list(logits.shape)}")
+    if not may_be_empty and (logits.dim() == 0 or logits.shape[-1] == 0):
+        raise ValueError(f"{name}: {argument}: expected a vocabulary of at least one column, got the shape {list(logits.shape)}")
 
 
 def unit_stride(logits: torch.Tensor) -> torch.Tensor:
@@ -148,13 +152,37 @@ def forbidden_ids(
             if low < 0 or high >= vocab_size:
                 raise ValueError(f"{name}: forbidden: expected ids in 0 .. {vocab_size - 1}, got {low if low < 0 else high}")
         return forbidden.to(device).contiguous()
-    ids = [forbidden] if isinstance(forbidden, int) else list(forbidden)
+    ids = list(forbidden) if isinstance(forbidden, list | tuple) else [forbidden]
     for i in ids:
-        if not 0 <= i < vocab_size:
-            raise ValueError(f"{name}: forbidden: expected ids in 0 .. {vocab_size - 1}, got {i}")
+        if not hasattr(i, "__index__") or not 0 <= i < vocab_size:  # numpy's integers are welcome, floats are not
+            raise ValueError(f"{name}: forbidden: expected ids in 0 .. {vocab_size - 1}, got {i!r}")
     if len(ids) == 1:
         return torch.full((1,), ids[0], dtype=torch.int64, device=device)  # made on the device: nothing to wait for
     return torch.tensor(ids, dtype=torch.int64, device=device)
+
+
+def first_of(bad: torch.Tensor) -> torch.Tensor:
+    """int64 [1]: the first row [n] of a reference that is bad, or -1."""
+    return torch.where(bad.any(), bad.long().argmax() if len(bad) else 0, -1).reshape(1)
+
+
+def refuse_forward_mode(name: str, *inputs: torch.Tensor | None) -> None:
+    """An op without a forward-mode rule would drop the tangent and say nothing."""
+    if forward_ad._current_level >= 0 and any(
+        x is not None and x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None for x in inputs
+    ):
+        raise RuntimeError(f"{name}: reverse-mode gradients only; for forward mode write it with torch.log_softmax")
+
+
+def shorten(values: list, limit: int = 8) -> str:
+    """The first few of a row, for a message."""
+    return str(values) if len(values) <= limit else f"[{', '.join(map(str, values[:limit]))}, ... {len(values)} in all]"
+
+
+def check_number(name: str, argument: str, value: float) -> None:
+    """For None and strings, before a comparison says less."""
+    if not torch.compiler.is_compiling() and not isinstance(value, int | float):
+        raise ValueError(f"{name}: {argument}: expected a number, got {type(value).__name__}")
 
 
 def check_invalid(name: str, invalid: torch.Tensor, describe: Callable[[int], str]) -> None:

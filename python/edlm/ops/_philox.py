@@ -97,4 +97,6 @@ def expand_offset(name: str, offset: int | torch.Tensor, n: int, device: torch.d
                 f"{list(offset.shape)}"
             )
         return offset.reshape(-1).to(device)
+    if isinstance(offset, bool) or not isinstance(offset, int) or not -(2**63) <= offset < 2**63:
+        raise ValueError(f"{name}: offset: expected a 64-bit integer or an int64 tensor, got {offset!r}")
     return torch.full((1,), offset, dtype=torch.int64, device=device)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._library import check_invalid, check_tensor, define_op
+from ._library import check_invalid, check_number, check_tensor, define_op, first_of, shorten
 from ._philox import Purpose, expand_offset, expand_seed, philox_uniform
 
 SCHEMES = ("systematic", "stratified", "multinomial", "residual")  # csrc/importance.h has the same order
@@ -63,7 +63,7 @@ def _select_reference(
             bad |= log_correction.isnan() | (log_correction == math.inf)
         bad |= log_w.isnan() | (log_w == math.inf) | (log_w == -math.inf).all(-1, keepdim=True)
     bad_row = bad.any(-1)
-    invalid = torch.where(bad_row.any(), bad_row.long().argmax() if batch else 0, -1).reshape(1)
+    invalid = first_of(bad_row)
     log_w = torch.where(bad_row[:, None], 0.0, log_w)
     lse = log_w.logsumexp(-1, keepdim=True)
     log_weights = log_w.log_softmax(-1)  # from the differences: a common shift, however large, changes nothing
@@ -139,7 +139,12 @@ def select_candidate(
     name = "select_candidate"
     _check_rows(name, "energy", energy, "[B, K]")
     if log_correction is not None:
+        if not isinstance(log_correction, torch.Tensor):
+            raise ValueError(
+                f"{name}: log_correction: expected a tensor {list(energy.shape)}, got {type(log_correction).__name__}"
+            )
         check_tensor(name, "log_correction", log_correction, log_correction.dtype, tuple(energy.shape), energy.device)
+    check_number(name, "temperature", temperature)
     if not temperature >= 0:
         raise ValueError(
             f"{name}: temperature: expected a number >= 0 (0 picks the lowest energy, inf ignores it), got {temperature}"
@@ -151,8 +156,12 @@ def select_candidate(
     check_invalid(
         name,
         invalid,
-        lambda row: "energy: expected finite energies, or +inf for some of the candidates, and a finite log_correction; got "
-        f"{energy[row].tolist()} in sequence {row}",
+        lambda row: (
+            "energy: expected finite energies, or +inf for some of the candidates, and log-weights that are finite too; got "
+            + f"{shorten(energy[row].tolist())} at temperature {temperature}"
+            + ("" if log_correction is None else f" with log_correction {shorten(log_correction[row].tolist())}")
+            + f" in sequence {row}"
+        ),
     )
     return Selection(*result)
 
@@ -166,7 +175,7 @@ def _resample_reference(
     log_w = log_weights.double().contiguous()
     batch, n = log_w.shape
     bad_row = (log_w.isnan() | (log_w == math.inf)).any(-1) | (log_w == -math.inf).all(-1)
-    invalid = torch.where(bad_row.any(), bad_row.long().argmax() if batch else 0, -1).reshape(1)
+    invalid = first_of(bad_row)
     weight = torch.softmax(torch.where(bad_row[:, None], 0.0, log_w), -1)
     particle = torch.arange(n, device=log_w.device)
     u, _ = philox_uniform(
@@ -227,7 +236,9 @@ def resample(
     check_invalid(
         name,
         invalid,
-        lambda row: f"log_weights: expected finite numbers or -inf, one of them finite, got {log_weights[row].tolist()}",
+        lambda row: (
+            f"log_weights: expected finite numbers or -inf, one of them finite, got {shorten(log_weights[row].tolist())} in row {row}"
+        ),
     )
     return ancestors
 
@@ -239,7 +250,7 @@ def _reverse_reference(
     xt: torch.Tensor, x0: torch.Tensor, index: torch.Tensor, open_time: torch.Tensor, s: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     bad_row = (index < 0) | (index >= x0.shape[1])
-    invalid = torch.where(bad_row.any(), bad_row.long().argmax() if len(index) else 0, -1).reshape(1)
+    invalid = first_of(bad_row)
     safe = index.clamp(0, x0.shape[1] - 1)
     chosen = x0.gather(1, safe[:, None, None].expand(-1, 1, x0.shape[2])).squeeze(1)
     return torch.where(open_time >= s[:, None], chosen, xt).contiguous(), invalid
@@ -269,6 +280,9 @@ def reverse_step(
         ValueError: wrong shapes, dtypes or devices; an index outside 0 .. K-1.
     """
     name = "reverse_step"
+    for argument, value in (("xt", xt), ("x0", x0), ("index", index), ("open_time", open_time)):
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name}: {argument}: expected a tensor, got {type(value).__name__}")
     if xt.dim() != 2 or xt.dtype != torch.int64:
         raise ValueError(f"{name}: xt: expected an int64 tensor [B, L], got {xt.dtype} {list(xt.shape)}")
     batch, length = xt.shape
@@ -286,6 +300,7 @@ def reverse_step(
             )
         s = s.reshape(-1).to(xt.device)
     else:
+        check_number(name, "s", s)
         s = torch.full((1,), float(s), dtype=open_time.dtype, device=xt.device)
     xs, invalid = _reverse(xt, x0, index, open_time, s)
     check_invalid(name, invalid, lambda row: f"index: expected indices in 0 .. {k - 1}, got {int(index[row])} in sequence {row}")

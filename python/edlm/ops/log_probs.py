@@ -1,7 +1,6 @@
-"""Log-probabilities of given tokens, without a vocabulary-sized result: ``gather_log_probs`` and ``linear_log_probs``.
+"""Log-probabilities of given tokens, without a vocabulary-sized result: ``gather_log_probs``. Kernel: csrc/cpu/log_probs.cpp.
 
-Both are differentiable and recompute in the backward; both accumulate in float32 or wider whatever the input's dtype. Kernels:
-csrc/cpu/log_probs.cpp. The products of ``linear_log_probs`` are torch's, a chunk at a time; what is done to a chunk is a kernel.
+Differentiable, recomputing in the backward; sums are float32 or wider whatever the dtype of the logits.
 """
 
 from __future__ import annotations
@@ -10,12 +9,21 @@ import math
 
 import torch
 
-from ._library import check_invalid, check_logits, check_tensor, define_op, forbidden_ids, register_backward, unit_stride
+from ._library import (
+    check_invalid,
+    check_logits,
+    check_number,
+    check_tensor,
+    define_op,
+    first_of,
+    forbidden_ids,
+    refuse_forward_mode,
+    register_backward,
+    shorten,
+    unit_stride,
+)
 
-# Bytes of the largest buffer of the references, and of a chunk of linear_log_probs: small beside a cache, large enough for a product.
-_CHUNK_BYTES = 8 << 20
-_CHUNK_ROWS = 1024
-_TILE = 512  # chunks are whole tiles, so that sums do not depend on where a chunk ends
+_CHUNK_BYTES = 8 << 20  # of float32, at a time, in the references
 
 
 def _centred(x: torch.Tensor, forbidden: torch.Tensor, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,9 +33,6 @@ def _centred(x: torch.Tensor, forbidden: torch.Tensor, temperature: float = 1.0)
         x = x.index_fill(-1, forbidden, -math.inf)
     top = x.amax(-1, keepdim=True)
     return (x - top) / temperature, top
-
-
-# --- gather_log_probs -----------------------------------------------------------------------------------------------------------
 
 
 def _gather_reference(
@@ -41,8 +46,7 @@ def _gather_reference(
     rows, ids = logits.flatten(0, 1), tokens.flatten(0, 1)
     out = torch.empty(ids.shape, dtype=torch.float32, device=logits.device)
     stats = torch.empty(len(ids), 2, dtype=torch.float32, device=logits.device)
-    bad = ((ids < 0) | (ids >= vocab_size)).any(-1)
-    invalid = torch.where(bad.any(), bad.long().argmax() if len(ids) else 0, -1).reshape(1)
+    invalid = first_of(((ids < 0) | (ids >= vocab_size)).any(-1))
     safe = ids.clamp(0, vocab_size - 1)
     step = max(1, _CHUNK_BYTES // (4 * vocab_size))
     for i in range(0, len(ids), step):
@@ -130,7 +134,7 @@ def gather_log_probs(
     Args:
         logits: float32, bfloat16 or float16 [..., V]. Differentiable (first order).
         tokens: int64 [...] (one a row) or [..., K].
-        temperature: > 0.
+        temperature: > 0; below 1e-30 it counts as 1e-30, above 1e30 as 1e30.
         forbidden: ids excluded from the softmax (an id, a list, or an int64 tensor [F]); their own log-probability is -inf.
 
     Returns:
@@ -141,12 +145,14 @@ def gather_log_probs(
     """
     name = "gather_log_probs"
     check_logits(name, logits, "[..., V]")
+    refuse_forward_mode(name, logits)
     if not isinstance(tokens, torch.Tensor):
         raise ValueError(f"{name}: tokens: expected an int64 tensor, got {type(tokens).__name__}")
     lead = tuple(logits.shape[:-1])
     single = tokens.dim() == len(lead)
     shape = lead if single else (*lead, tokens.shape[-1] if tokens.dim() == len(lead) + 1 else -1)
     check_tensor(name, "tokens", tokens, torch.int64, shape, logits.device)
+    check_number(name, "temperature", temperature)
     if not 0 < temperature < math.inf:
         raise ValueError(f"{name}: temperature: expected a positive, finite number, got {temperature}")
     vocab_size = logits.shape[-1]
@@ -159,229 +165,8 @@ def gather_log_probs(
     check_invalid(
         name,
         invalid,
-        lambda row: f"tokens: expected ids in 0 .. {vocab_size - 1}, got {at_rows.flatten(0, 1)[row].tolist()} in row {row}",
+        lambda row: (
+            f"tokens: expected ids in 0 .. {vocab_size - 1}, got {shorten(at_rows.flatten(0, 1)[row].tolist())} in row {row}"
+        ),
     )
     return out.reshape(tokens.shape)
-
-
-# --- linear_log_probs -----------------------------------------------------------------------------------------------------------
-
-
-# running float64 [N, 3]: over the columns so far, the maximum, the sum of exp(x - maximum) and the token's logit.
-# A chunk is float32 [N, C]; its tokens and forbidden ids count from its first column, and those outside it are ignored.
-
-
-def _fold_reference(running: torch.Tensor, chunk: torch.Tensor, tokens: torch.Tensor, forbidden: torch.Tensor) -> None:
-    columns = chunk.shape[1]
-    x = chunk.index_fill(1, forbidden[(forbidden >= 0) & (forbidden < columns)], -math.inf).double()
-    top = torch.maximum(running[:, :1], x.amax(1, keepdim=True))
-    reference = top.masked_fill(top == -math.inf, 0.0)
-    running[:, 1:2] *= (running[:, :1] - reference).exp()
-    running[:, 1:2] += (x - reference).exp().sum(1, keepdim=True)
-    running[:, :1] = top
-    here = (tokens >= 0) & (tokens < columns)
-    running[here, 2] = x[here, tokens[here]]
-
-
-def _grad_reference(
-    chunk: torch.Tensor, grad: torch.Tensor, tokens: torch.Tensor, stats: torch.Tensor, forbidden: torch.Tensor
-) -> None:
-    """The chunk becomes the gradient of its logits: grad (1[v = token] - p_v); 0 at forbidden columns."""
-    columns = chunk.shape[1]
-    chunk.sub_(stats[:, :1]).sub_(stats[:, 1:]).exp_().mul_(-grad[:, None])
-    here = ((tokens >= 0) & (tokens < columns)).nonzero().squeeze(1)
-    chunk[here, tokens[here]] += grad[here]
-    chunk.index_fill_(1, forbidden[(forbidden >= 0) & (forbidden < columns)], 0)
-    chunk.masked_fill_(grad[:, None] == 0, 0)
-
-
-_fold = define_op(
-    "linear_fold(Tensor(a!) running, Tensor chunk, Tensor tokens, Tensor forbidden) -> ()",
-    _fold_reference,
-    lambda running, chunk, tokens, forbidden: None,
-)
-_grad = define_op(
-    "linear_grad(Tensor(a!) chunk, Tensor grad, Tensor tokens, Tensor stats, Tensor forbidden) -> ()",
-    _grad_reference,
-    lambda chunk, grad, tokens, stats, forbidden: None,
-)
-
-
-def _chunk_shape(n: int, vocab_size: int) -> tuple[int, int]:
-    """Rows and columns of a chunk of logits, at most _CHUNK_BYTES or a tile of them."""
-    rows = max(1, min(n, _CHUNK_ROWS))
-    return rows, min(vocab_size, max(_TILE, _CHUNK_BYTES // (4 * rows) // _TILE * _TILE))
-
-
-def _product(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, buffer: torch.Tensor) -> torch.Tensor:
-    out = buffer[: len(hidden) * len(weight)].view(len(hidden), len(weight))
-    if bias is None:
-        return torch.mm(hidden, weight.t(), out=out)
-    return torch.addmm(bias, hidden, weight.t(), out=out)
-
-
-def _linear_forward(
-    hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, bias: torch.Tensor | None, forbidden: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """log_probs [N], stats [N, 2] (maximum, log of the sum of exp(x - maximum)), invalid [1]."""
-    n, vocab_size = hidden.shape[0], weight.shape[0]
-    bad = (tokens < 0) | (tokens >= vocab_size)
-    invalid = torch.where(bad.any(), bad.long().argmax() if n else 0, -1).reshape(1)
-    running = torch.full((n, 3), -math.inf, dtype=torch.float64, device=hidden.device)
-    running[:, 1] = 0
-    rows, columns = _chunk_shape(n, vocab_size)
-    buffer = torch.empty(rows * columns, dtype=torch.float32, device=hidden.device)
-    for j in range(0, vocab_size, columns):
-        w = weight[j : j + columns].float()
-        b = None if bias is None else bias[j : j + columns].float()
-        ids, excluded = tokens - j, forbidden - j
-        for i in range(0, n, rows):
-            at = slice(i, i + rows)
-            _fold(running[at], _product(hidden[at].float(), w, b, buffer), ids[at], excluded)
-    log_sum = running[:, 1].log()
-    log_probs = (running[:, 2] - running[:, 0] - log_sum).clamp_max(0).float()
-    return log_probs, torch.stack([running[:, 0], log_sum], 1).float(), invalid
-
-
-def _linear_fake(
-    hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, bias: torch.Tensor | None, forbidden: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return (
-        hidden.new_empty(tokens.shape, dtype=torch.float32),
-        hidden.new_empty((*tokens.shape, 2), dtype=torch.float32),
-        tokens.new_empty(1),
-    )
-
-
-def _linear_backward_chunks(
-    grad: torch.Tensor,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    tokens: torch.Tensor,
-    stats: torch.Tensor,
-    bias: torch.Tensor | None,
-    forbidden: torch.Tensor,
-    needs: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of hidden, weight and bias where ``needs`` says so, else empty; sums in float32, in place where that is the dtype."""
-    n, vocab_size = hidden.shape[0], weight.shape[0]
-    grads = _linear_backward_fake(grad, hidden, weight, tokens, stats, bias, forbidden, needs)
-    to_hidden, to_weight, to_bias = (g.zero_() for g in grads)
-    sum_hidden = to_hidden if hidden.dtype == torch.float32 else to_hidden.float()
-    rows, columns = _chunk_shape(n, vocab_size)
-    buffer = torch.empty(rows * columns, dtype=torch.float32, device=hidden.device)
-    for j in range(0, vocab_size, columns):
-        w = weight[j : j + columns].float()
-        b = None if bias is None else bias[j : j + columns].float()
-        sum_weight, sum_bias = to_weight[j : j + columns].float(), to_bias[j : j + columns].float()
-        ids, excluded = tokens - j, forbidden - j
-        for i in range(0, n, rows):
-            at = slice(i, i + rows)
-            h = hidden[at].float()
-            dx = _product(h, w, b, buffer)
-            _grad(dx, grad[at], ids[at], stats[at], excluded)
-            if needs[0]:
-                sum_hidden[at].addmm_(dx, w)
-            if needs[1]:
-                sum_weight.addmm_(dx.t(), h)
-            if needs[2]:
-                sum_bias += dx.sum(0)
-        if needs[1] and sum_weight.dtype != to_weight.dtype:
-            to_weight[j : j + columns] = sum_weight
-        if needs[2] and sum_bias.dtype != to_bias.dtype:
-            to_bias[j : j + columns] = sum_bias
-    return to_hidden if sum_hidden is to_hidden else sum_hidden.to(hidden.dtype), to_weight, to_bias
-
-
-def _linear_backward_fake(
-    grad: torch.Tensor,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    tokens: torch.Tensor,
-    stats: torch.Tensor,
-    bias: torch.Tensor | None,
-    forbidden: torch.Tensor,
-    needs: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return (
-        hidden.new_empty(hidden.shape if needs[0] else (0, hidden.shape[1])),
-        weight.new_empty(weight.shape if needs[1] else (0, weight.shape[1])),
-        (weight if bias is None else bias).new_empty(weight.shape[0] if needs[2] else 0),
-    )
-
-
-_linear = define_op(
-    "linear_log_probs(Tensor hidden, Tensor weight, Tensor tokens, Tensor? bias, Tensor forbidden) -> (Tensor, Tensor, Tensor)",
-    _linear_forward,
-    _linear_fake,
-    made_of="linear_fold",
-)
-_linear_backward = define_op(
-    "linear_log_probs_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor tokens, Tensor stats, Tensor? bias,"
-    " Tensor forbidden, bool[3] needs) -> (Tensor, Tensor, Tensor)",
-    _linear_backward_chunks,
-    _linear_backward_fake,
-    made_of="linear_grad",
-)
-
-
-def _linear_setup(ctx, inputs, output) -> None:  # noqa: ANN001
-    hidden, weight, tokens, bias, forbidden = inputs
-    ctx.save_for_backward(hidden, weight, tokens, output[1], bias, forbidden)
-    ctx.mark_non_differentiable(output[1], output[2])
-
-
-def _linear_vjp(ctx, grad, _grad_stats, _grad_invalid):  # noqa: ANN001, ANN202
-    hidden, weight, tokens, stats, bias, forbidden = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
-    grads = _linear_backward(grad.contiguous(), hidden, weight, tokens, stats, bias, forbidden, needs)
-    of_hidden, of_weight, of_bias = (g if needed else None for g, needed in zip(grads, needs, strict=True))
-    return of_hidden, of_weight, None, of_bias, None
-
-
-register_backward("linear_log_probs", _linear_vjp, _linear_setup)
-
-
-def linear_log_probs(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    tokens: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    forbidden: int | list[int] | torch.Tensor | None = None,
-) -> torch.Tensor:
-    """log softmax(hidden @ weight.T + bias) at one token a row, in chunks of rows: N x V logits are never stored.
-
-    The products are float32 whatever the dtypes (a bfloat16 product would err by nats over a sequence). The backward recomputes the
-    chunks, so memory beyond the gradients is O(chunk): 8 MiB of logits and what the products need; half-precision inputs, and gradients
-    of theirs, are widened a chunk at a time too (the gradient of ``hidden`` as a whole). Gradients that nobody needs are not computed.
-
-    Args:
-        hidden: float32, bfloat16 or float16 [N, D]. weight: [V, D]. bias: [V] or None. All differentiable (first order).
-        tokens: int64 [N].
-        forbidden: ids excluded from the softmax (an id, a list, or an int64 tensor [F]).
-
-    Returns:
-        float32 [N], in nats, <= 0.
-
-    Raises:
-        ValueError: wrong shapes, dtypes or devices; an id outside 0 .. V-1.
-    """
-    name = "linear_log_probs"
-    floating = (torch.float32, torch.bfloat16, torch.float16)
-    if hidden.dim() != 2 or hidden.dtype not in floating:
-        raise ValueError(f"{name}: hidden: expected a floating tensor [N, D], got {hidden.dtype} {list(hidden.shape)}")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0 or weight.dtype not in floating:
-        raise ValueError(
-            f"{name}: weight: expected a floating tensor [V, D] with D = {hidden.shape[1]}, got {weight.dtype} {list(weight.shape)}"
-        )
-    check_tensor(name, "weight", weight, weight.dtype, tuple(weight.shape), hidden.device)
-    check_tensor(name, "tokens", tokens, torch.int64, (hidden.shape[0],), hidden.device)
-    if bias is not None:
-        check_tensor(name, "bias", bias, bias.dtype, (weight.shape[0],), hidden.device)
-    ids = forbidden_ids(name, forbidden, weight.shape[0], hidden.device)
-    out, _, invalid = _linear(hidden, weight, tokens.contiguous(), bias, ids)
-    check_invalid(
-        name, invalid, lambda row: f"tokens: expected ids in 0 .. {weight.shape[0] - 1}, got {int(tokens[row])} in row {row}"
-    )
-    return out

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._library import check_invalid, check_logits, check_tensor, define_op, forbidden_ids, unit_stride
+from ._library import check_invalid, check_logits, check_number, check_tensor, define_op, forbidden_ids, unit_stride
 from ._philox import Purpose, expand_offset, expand_seed, philox_uniform
 
 TILE = 512  # columns; part of the RNG contract, since the first uniform picks a tile
@@ -114,7 +114,7 @@ def _sample_candidates_reference(
     offset: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, length, vocab_size = logits.shape
-    tokens = xt[:, None, :].repeat(1, num_candidates, 1)
+    tokens = torch.where((xt < 0) | (xt >= vocab_size), 0, xt)[:, None, :].repeat(1, num_candidates, 1)
     log_probs = torch.zeros(tokens.shape, dtype=torch.float32, device=logits.device)
     model_log_probs = torch.zeros(tokens.shape, dtype=torch.float32, device=logits.device)
     row_index = torch.arange(batch * length, device=logits.device)
@@ -214,6 +214,7 @@ def _proposal(
     """temperature, top_k, top_p, min_p as the ops want them, checked: 0, 1 and 0 are no filter."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"{name}: {count_name}: expected an integer >= 1, got {count!r}")
+    check_number(name, "temperature", temperature)
     if not 0 <= temperature < math.inf:  # not math.isfinite: torch.compile traces a temperature that varies
         raise ValueError(f"{name}: temperature: expected a finite number >= 0 (0 is greedy), got {temperature}")
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
@@ -341,6 +342,8 @@ def sample_categorical(
     if isinstance(position, torch.Tensor):
         check_tensor(name, "position", position, torch.int64, (n,), logits.device)
         positions = position.contiguous()
+    elif isinstance(position, bool) or not isinstance(position, int):
+        raise ValueError(f"{name}: position: expected an int or an int64 tensor [{n}], got {position!r}")
     else:
         positions = torch.full((n,), position, dtype=torch.int64, device=logits.device)
     tokens, log_probs, model_log_probs, invalid = _sample_categorical(
