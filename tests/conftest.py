@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from emulated import builder
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -17,3 +18,9 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def _seeded() -> None:
     """torch's global generator only makes test inputs; no op of ours reads it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def build_emulated(tmp_path_factory: pytest.TempPathFactory):
+    """Compiles CUDA sources against the emulator: see ``emulated.builder``."""
+    return builder(tmp_path_factory.mktemp("emulated"))

@@ -78,7 +78,7 @@ def test_ops_import_torch_alone(path):
 
 def test_no_room_outgrows_one_noun():
     too_long = {}
-    for path in [*SOURCES, *(ROOT / "csrc").rglob("*")]:
+    for path in [*SOURCES, *(ROOT / "csrc").rglob("*"), *(ROOT / "tests" / "cuda_emulator").rglob("*")]:
         limit = 400 if path.suffix == ".py" else 500
         if path.is_file() and len(path.read_text().splitlines()) > limit:
             too_long[str(path.relative_to(ROOT))] = len(path.read_text().splitlines())
@@ -92,10 +92,10 @@ def test_no_room_is_named_after_nothing():
 
 
 def test_tests_mirror_the_sources():
-    """A folder of tests for each room with code, and no test folder without its room."""
+    """A folder of tests for each room with code, and no test folder without its room; the emulator is a tool of tests."""
     rooms = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
     tested = {p.name for p in (ROOT / "tests").iterdir() if p.is_dir() and list(p.glob("test_*.py"))}
-    assert rooms == tested
+    assert rooms == tested - {"cuda_emulator"}
 
 
 def run(program: str) -> subprocess.CompletedProcess:
