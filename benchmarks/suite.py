@@ -65,10 +65,17 @@ def run(options: argparse.Namespace) -> int:
         document["results"] += session.results
         document["seconds"] = round(time.time() - begin, 1)
         if options.json:  # after every family: minutes are not lost to a later one
-            Path(options.json).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+            Path(options.json).write_text(to_json(document))
     print(verdict_lines(verdicts(document["results"], families)))
     print(f"\n{document['seconds']:.0f} s")
     return 0
+
+
+def to_json(document: dict) -> str:
+    """A result a line: a file that can be read, and compared with another."""
+    rows = ",\n".join(f"  {json.dumps(row, allow_nan=False)}" for row in document["results"])
+    rest = json.dumps({key: value for key, value in document.items() if key != "results"}, indent=1, allow_nan=False)
+    return f'{rest.removesuffix("}").rstrip()},\n "results": [\n{rows}\n ]\n}}\n'
 
 
 def _show(rows: list[dict]) -> None:

@@ -56,7 +56,7 @@ void begin_fiber();
 
 namespace {
 
-constexpr size_t kStack = 64 << 10;
+constexpr size_t kStack = 64 << 10, kPage = 4096;
 constexpr int kWarp = 32;
 constexpr int kPoison = 0xFF;
 
@@ -302,6 +302,8 @@ void run_block(const void* kernel, dim3 grid, dim3 size, dim3 index, size_t dyna
     if (memory == MAP_FAILED) std::abort();
     block.stacks = static_cast<char*>(memory);
     block.stacks_size = wanted;
+    // The lowest page of each stack may not be touched: one that grows too large stops the program rather than its neighbour's data.
+    for (int i = 0; i < n; ++i) mprotect(block.stacks + i * kStack, kPage, PROT_NONE);
   }
   poison_shared(kernel);
   void* shared = nullptr;  // of exact size, so that AddressSanitizer sees its end
