@@ -65,7 +65,9 @@ def run(options: argparse.Namespace) -> int:
         document["results"] += session.results
         document["seconds"] = round(time.time() - begin, 1)
         if options.json:  # after every family: minutes are not lost to a later one
-            Path(options.json).write_text(to_json(document))
+            whole, part = Path(options.json), Path(f"{options.json}.part")
+            part.write_text(to_json(document))
+            part.replace(whole)
     print(verdict_lines(verdicts(document["results"], families)))
     print(f"\n{document['seconds']:.0f} s")
     return 0
