@@ -7,6 +7,7 @@ in the backward.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 
@@ -79,6 +80,15 @@ def _product(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     return torch.addmm(bias, hidden, weight.t(), out=out)
 
 
+def _column_chunks(
+    weight: torch.Tensor, bias: torch.Tensor | None, tokens: torch.Tensor, forbidden: torch.Tensor, columns: int
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]]:
+    """Where a chunk of the vocabulary lies; its weight and bias in float32; tokens and forbidden ids counted from its first column."""
+    for j in range(0, weight.shape[0], columns):
+        at = slice(j, j + columns)
+        yield at, weight[at].float(), None if bias is None else bias[at].float(), tokens - j, forbidden - j
+
+
 def _linear_forward(
     hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, bias: torch.Tensor | None, forbidden: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -89,10 +99,7 @@ def _linear_forward(
     running[:, 1] = 0
     rows, columns = _chunk_shape(n, vocab_size)
     buffer = torch.empty(rows * columns, dtype=torch.float32, device=hidden.device)
-    for j in range(0, vocab_size, columns):
-        w = weight[j : j + columns].float()
-        b = None if bias is None else bias[j : j + columns].float()
-        ids, excluded = tokens - j, forbidden - j
+    for _, w, b, ids, excluded in _column_chunks(weight, bias, tokens, forbidden, columns):
         for i in range(0, n, rows):
             at = slice(i, i + rows)
             _fold(running[at], _product(hidden[at].float(), w, b, buffer), ids[at], excluded)
@@ -128,11 +135,8 @@ def _linear_backward_chunks(
     sum_hidden = to_hidden if hidden.dtype == torch.float32 else to_hidden.float()
     rows, columns = _chunk_shape(n, vocab_size)
     buffer = torch.empty(rows * columns, dtype=torch.float32, device=hidden.device)
-    for j in range(0, vocab_size, columns):
-        w = weight[j : j + columns].float()
-        b = None if bias is None else bias[j : j + columns].float()
-        sum_weight, sum_bias = to_weight[j : j + columns].float(), to_bias[j : j + columns].float()
-        ids, excluded = tokens - j, forbidden - j
+    for columns_at, w, b, ids, excluded in _column_chunks(weight, bias, tokens, forbidden, columns):
+        sum_weight, sum_bias = to_weight[columns_at].float(), to_bias[columns_at].float()
         for i in range(0, n, rows):
             at = slice(i, i + rows)
             h = hidden[at].float()
@@ -145,9 +149,9 @@ def _linear_backward_chunks(
             if needs[2]:
                 sum_bias += dx.sum(0)
         if needs[1] and sum_weight.dtype != to_weight.dtype:
-            to_weight[j : j + columns] = sum_weight
+            to_weight[columns_at] = sum_weight
         if needs[2] and sum_bias.dtype != to_bias.dtype:
-            to_bias[j : j + columns] = sum_bias
+            to_bias[columns_at] = sum_bias
     return to_hidden if sum_hidden is to_hidden else sum_hidden.to(hidden.dtype), to_weight, to_bias
 
 
