@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <string>
+#include <unordered_set>
 #include <vector>
 
 #if !defined(__x86_64__)
@@ -398,6 +399,20 @@ void give_way() {
   if (order == Order::kRandom && random() % 4 == 0) to_scheduler();
 }
 
+// Off unless a test asks: bytes asked for by __ldg, and the 32-byte sectors of memory that they lie in.
+struct {
+  bool is_on;
+  uint64_t requested;
+  std::unordered_set<uintptr_t> sectors;
+} traffic;
+
+void count_read(const void* from, size_t bytes) {
+  if (!traffic.is_on) return;
+  traffic.requested += bytes;
+  const auto first = reinterpret_cast<uintptr_t>(from);
+  for (uintptr_t sector = first / 32; sector <= (first + bytes - 1) / 32; ++sector) traffic.sectors.insert(sector);
+}
+
 void copy_async(void* to, const void* from, size_t bytes) {
   const auto bits = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
   if ((bytes != 4 && bytes != 8 && bytes != 16) || bits % bytes != 0) fail("an asynchronous copy of %zu bytes, %p to %p", bytes, from, to);
@@ -456,4 +471,13 @@ extern "C" const char* emulator_error() {
   last.swap(emulator::error);
   emulator::error.clear();
   return last.c_str();
+}
+
+// Starts counting the reads by __ldg, or stops: returns the bytes asked for since the start, and the distinct bytes of memory, in sectors.
+extern "C" void emulator_count(int is_on, uint64_t* requested, uint64_t* distinct) {
+  if (requested != nullptr) *requested = emulator::traffic.requested;
+  if (distinct != nullptr) *distinct = 32 * emulator::traffic.sectors.size();
+  emulator::traffic.is_on = is_on != 0;
+  emulator::traffic.requested = 0;
+  emulator::traffic.sectors.clear();
 }

@@ -68,6 +68,8 @@ uint64_t meet(WarpOp op, unsigned mask, uint64_t value, int source, bool is_sign
 void give_way();
 [[noreturn]] void fail(const char* format, ...);
 
+void count_read(const void* from, size_t bytes);
+
 void copy_async(void* to, const void* from, size_t bytes);
 void copy_commit();
 void copy_wait(size_t but);
@@ -222,12 +224,16 @@ inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
+inline int __ffsll(long long x) { return __builtin_ffsll(x); }
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+  return static_cast<unsigned>(((uint64_t{high} << 32) | low) >> (shift & 31));
+}
+
+// --- reads of global memory that are counted ------------------------------------------------------------------------------------
+
 template <class T>
 T __ldg(const T* p) {
-  return *p;
-}
-template <class T>
-T __ldcs(const T* p) {
+  emulator::count_read(p, sizeof(T));
   return *p;
 }
 
@@ -235,3 +241,23 @@ T __ldcs(const T* p) {
 #define LAUNCH(kernel, grid, block, shared, stream, ...) \
   emulator::launch_kernel(#kernel, kernel, grid, block, shared, stream __VA_OPT__(, ) __VA_ARGS__)
 inline cudaError_t cudaGetLastError() { return emulator::take_error(); }
+
+// --- the runtime, as far as launchers use it: a device of two multiprocessors ----------------------------------------------------
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 227 << 10 : 2;
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* to, int byte, size_t bytes, cudaStream_t) {
+  std::memset(to, byte, bytes);
+  return cudaSuccess;
+}
+inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "the emulator refused or stopped a kernel"; }
