@@ -28,9 +28,23 @@ inline std::string shape_of(const Tensor& tensor) {
   return text + "]";
 }
 
+// Whether this library's kernels may read a tensor.
+inline bool is_here(const Tensor& tensor) {
+#if defined(EDLM_CUDA) && !defined(EDLM_EMULATED)
+  return tensor.is_cuda();
+#else
+  return tensor.is_cpu();
+#endif
+}
+
+inline void check_device(const char* op, const char* name, const Tensor& tensor) {
+  if (!is_here(tensor)) fail(op, ": ", name, ": expected on the device of the other tensors; move it there with .to(device)");
+}
+
 // Python checks users' arguments; these guard kernels against callers of torch.ops.edlm.* itself. -1 is any size.
 inline void check_strided(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
                           std::initializer_list<int64_t> shape, bool contiguous = false) {
+  check_device(op, name, tensor);
   bool same = tensor.dim() == static_cast<int64_t>(shape.size()) && tensor.scalar_type() == dtype &&
               (!contiguous || tensor.is_contiguous());
   std::string expected;
@@ -50,6 +64,7 @@ inline void check(const char* op, const char* name, const Tensor& tensor, Scalar
 
 // The dtype of logits with unit stride in V; anything else is an error.
 inline DType check_logits(const char* op, const Tensor& logits) {
+  check_device(op, "logits", logits);
   const int64_t last = logits.dim() - 1;
   if (logits.size(last) < 1 || (logits.size(last) > 1 && logits.stride(last) != 1))
     fail(op, ": logits: expected at least one column and unit stride in the last axis, got shape ", shape_of(logits), " and stride ",

@@ -1,28 +1,30 @@
 // Bindings of the importance family: check, allocate, call. The CPU row loops live here too, since threads are torch's.
 #include "importance.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "check.h"
+#include "stream.h"
+#if !defined(EDLM_CUDA)
 #include "cpu/isa.h"
 #include "cpu/report.h"
+#endif
 
 namespace edlm {
 
+#if !defined(EDLM_CUDA)
 EDLM_KERNEL_TABLE(ImportanceKernels, kImportanceKernels, importance_kernels)
+#endif
 
 namespace {
 
 using torch::stable::new_empty;
 
 Rows rows_of(const char* op, const char* name, const Tensor& tensor) {
+  check_device(op, name, tensor);
   if (tensor.dim() != 2 || tensor.size(1) < 1)
     fail(op, ": ", name, ": expected two axes and at least one column, got the shape ", shape_of(tensor));
   Rows rows{tensor.const_data_ptr(), Real::kFloat32, tensor.stride(0), tensor.stride(1)};
@@ -46,6 +48,29 @@ Streams streams_of(const char* op, const Tensor& seed, const Tensor& offset, int
           static_cast<const int64_t*>(offset.const_data_ptr()), one ? 0 : offset.stride(0)};
 }
 
+#if defined(EDLM_CUDA)
+
+void run(const char* op, const SelectArgs& args, int64_t batch, const Tensor& like, int64_t* invalid) {
+  check_grid(op, batch, 1);
+  const OnDevice here(op, like);
+  here.check(edlm_cuda_select(&args, batch, invalid, here.stream()));
+}
+
+void run(const char* op, const ResampleArgs& args, int64_t batch, const Tensor& like, int64_t* invalid) {
+  check_grid(op, batch, args.particles);
+  const OnDevice here(op, like);
+  Tensor scratch = scratch_for(like, edlm_cuda_resample_scratch(&args, batch));
+  here.check(edlm_cuda_resample(&args, scratch.mutable_data_ptr(), batch, invalid, here.stream()));
+}
+
+void run(const char* op, const ReverseArgs& args, int64_t batch, const Tensor& like, int64_t* invalid) {
+  check_grid(op, (batch * args.length + 255) / 256, 1);
+  const OnDevice here(op, like);
+  here.check(edlm_cuda_reverse(&args, batch, invalid, here.stream()));
+}
+
+#else
+
 // Rows of n columns among threads, in ranges that are worth a thread; returns what is reported.
 template <class Args>
 int64_t for_rows(int64_t (*kernel)(const Args&, int64_t, int64_t, double*), const Args& args, int64_t batch, int64_t n) {
@@ -57,6 +82,26 @@ int64_t for_rows(int64_t (*kernel)(const Args&, int64_t, int64_t, double*), cons
   });
   return report.code();
 }
+
+void run(const char*, const SelectArgs& args, int64_t batch, const Tensor&, int64_t* invalid) {
+  *invalid = for_rows(importance_kernels().select, args, batch, args.candidates);
+}
+
+void run(const char*, const ResampleArgs& args, int64_t batch, const Tensor&, int64_t* invalid) {
+  *invalid = for_rows(importance_kernels().resample, args, batch, args.particles);
+}
+
+void run(const char*, const ReverseArgs& args, int64_t batch, const Tensor&, int64_t* invalid) {
+  *invalid = -1;
+  for (int64_t b = batch - 1; b >= 0; --b) {
+    const int64_t i = args.index[b * args.index_stride];
+    if (i < 0 || i >= args.candidates) *invalid = b;
+  }
+  const ImportanceKernels& kernels = importance_kernels();
+  torch::stable::parallel_for(0, batch * args.length, 16384, [&](int64_t begin, int64_t end) { kernels.reverse(args, begin, end); });
+}
+
+#endif
 
 int64_t* longs(Tensor& tensor) { return static_cast<int64_t*>(tensor.mutable_data_ptr()); }
 float* floats(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
@@ -86,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_candidate(Tens
   args.ess = floats(ess);
   args.log_z = floats(log_z);
   args.log_z_loo = floats(loo);
-  *longs(invalid) = for_rows(importance_kernels().select, args, batch, k);
+  run(op, args, batch, energy, longs(invalid));
   return {index, log_weights, ess, log_z, loo, invalid};
 }
 
@@ -102,7 +147,7 @@ std::tuple<Tensor, Tensor> resample(Tensor log_weights, int64_t scheme, Tensor s
   Tensor ancestors = new_empty(log_weights, {batch, n}, ScalarType::Long);
   Tensor invalid = new_empty(log_weights, {1}, ScalarType::Long);
   args.ancestors = longs(ancestors);
-  *longs(invalid) = for_rows(importance_kernels().resample, args, batch, n);
+  run(op, args, batch, log_weights, longs(invalid));
   return {ancestors, invalid};
 }
 
@@ -140,20 +185,13 @@ std::tuple<Tensor, Tensor> reverse_step(Tensor xt, Tensor x0, Tensor index, Tens
   args.s_stride = one ? 0 : s.stride(0);
   args.xs = longs(xs);
 
-  int64_t bad = -1;
-  for (int64_t b = batch - 1; b >= 0; --b) {
-    const int64_t i = args.index[b * args.index_stride];
-    if (i < 0 || i >= candidates) bad = b;
-  }
-  *longs(invalid) = bad;
-  const ImportanceKernels& kernels = importance_kernels();
-  torch::stable::parallel_for(0, batch * length, 16384, [&](int64_t begin, int64_t end) { kernels.reverse(args, begin, end); });
+  run(op, args, batch, xt, longs(invalid));
   return {xs, invalid};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(edlm, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(EDLM_LIBRARY, EDLM_KEY, m) {
   m.impl("select_candidate", TORCH_BOX(&select_candidate));
   m.impl("resample", TORCH_BOX(&resample));
   m.impl("reverse_step", TORCH_BOX(&reverse_step));

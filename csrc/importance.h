@@ -1,6 +1,7 @@
 // From energies to the next state: arguments and kernels of select_candidate, resample and reverse_step. Free of torch.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace edlm {
@@ -76,5 +77,11 @@ struct ImportanceKernels {
   // Positions [begin, end) of all sequences, one after the other.
   void (*reverse)(const ReverseArgs&, int64_t begin, int64_t end);
 };
+
+// The same on a GPU (cuda/importance.cu), asynchronously, on a stream; as sampling.h has it. *invalid becomes the first row that is bad, or -1.
+extern "C" int edlm_cuda_select(const SelectArgs* args, int64_t batch, int64_t* invalid, void* stream);
+extern "C" size_t edlm_cuda_resample_scratch(const ResampleArgs* args, int64_t batch);
+extern "C" int edlm_cuda_resample(const ResampleArgs* args, void* scratch, int64_t batch, int64_t* invalid, void* stream);
+extern "C" int edlm_cuda_reverse(const ReverseArgs* args, int64_t batch, int64_t* invalid, void* stream);
 
 }  // namespace edlm

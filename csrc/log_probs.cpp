@@ -1,18 +1,20 @@
 // Bindings of the log-probability family: check, allocate, call.
 #include "log_probs.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
-#include "check.h"
+#include "stream.h"
+#if !defined(EDLM_CUDA)
 #include "cpu/isa.h"
 #include "cpu/report.h"
 #include "rows.h"
+#endif
 
 namespace edlm {
 
+#if !defined(EDLM_CUDA)
 EDLM_KERNEL_TABLE(LogProbKernels, kLogProbKernels, log_prob_kernels)
+#endif
 
 namespace {
 
@@ -38,13 +40,30 @@ LogProbArgs arguments(const char* op, const Tensor& logits, const Tensor& tokens
   return args;
 }
 
-std::tuple<Tensor, Tensor, Tensor> gather(Tensor logits, Tensor tokens, double temperature, Tensor forbidden) {
-  LogProbArgs args = arguments("gather_log_probs", logits, tokens, forbidden, temperature);
-  Tensor log_probs = torch::stable::new_empty(logits, {args.batch, args.length, args.num_tokens}, ScalarType::Float);
-  Tensor stats = torch::stable::new_empty(logits, {args.batch, args.length, 2}, ScalarType::Float);
-  Tensor invalid = torch::stable::new_empty(logits, {1}, ScalarType::Long);
-  args.log_probs = static_cast<float*>(log_probs.mutable_data_ptr());
-  args.stats = static_cast<float*>(stats.mutable_data_ptr());
+#if defined(EDLM_CUDA)
+
+void gather_rows(const char* op, const LogProbArgs& args, const Tensor& logits, int64_t* invalid) {
+  check_grid(op, args.batch * args.length, args.vocab);
+  const OnDevice here(op, logits);
+  Tensor scratch = scratch_for(logits, edlm_cuda_gather_scratch(&args));
+  here.check(edlm_cuda_gather(&args, scratch.mutable_data_ptr(), invalid, here.stream()));
+}
+
+void fold_rows(const char* op, const LogProbArgs& args, const Tensor& chunk) {
+  check_grid(op, args.batch, args.vocab);
+  const OnDevice here(op, chunk);
+  here.check(edlm_cuda_fold(&args, here.stream()));
+}
+
+void backward_rows(const char* op, const LogProbArgs& args, const Tensor& logits) {
+  check_grid(op, args.batch * args.length, args.vocab);
+  const OnDevice here(op, logits);
+  here.check(edlm_cuda_backward(&args, here.stream()));
+}
+
+#else
+
+void gather_rows(const char*, const LogProbArgs& args, const Tensor&, int64_t* invalid) {
   const LogProbKernels& kernels = log_prob_kernels();
   const bool is_small = args.vocab <= kSmallVocab;
   Report report;
@@ -56,12 +75,19 @@ std::tuple<Tensor, Tensor, Tensor> gather(Tensor logits, Tensor tokens, double t
       [&](int64_t r, TileMass* tiles, double*) {
         if (!kernels.gather(args, r, tiles)) report.add(r);
       });
-  *static_cast<int64_t*>(invalid.mutable_data_ptr()) = report.code();
-  return {log_probs, stats, invalid};
+  *invalid = report.code();
+}
+
+void fold_rows(const char*, const LogProbArgs& args, const Tensor&) {
+  const LogProbKernels& kernels = log_prob_kernels();
+  for_each_row(
+      args.batch, args.vocab, 0,
+      [&](int64_t r, int64_t begin, int64_t end, TileMass* tiles) { kernels.tile_masses(args, r, begin, end, tiles); },
+      [&](int64_t r, TileMass* tiles, double*) { kernels.fold(args, r, tiles); });
 }
 
 // Rows times tiles, in the order in which they lie in memory.
-void backward(const LogProbArgs& args) {
+void backward_rows(const char*, const LogProbArgs& args, const Tensor&) {
   const LogProbKernels& kernels = log_prob_kernels();
   const int64_t tiles = num_tiles(args.vocab);
   torch::stable::parallel_for(0, args.batch * args.length * tiles, 32, [&](int64_t begin, int64_t end) {
@@ -71,6 +97,20 @@ void backward(const LogProbArgs& args) {
       begin += last - first;
     }
   });
+}
+
+#endif
+
+std::tuple<Tensor, Tensor, Tensor> gather(Tensor logits, Tensor tokens, double temperature, Tensor forbidden) {
+  const char* op = "gather_log_probs";
+  LogProbArgs args = arguments(op, logits, tokens, forbidden, temperature);
+  Tensor log_probs = torch::stable::new_empty(logits, {args.batch, args.length, args.num_tokens}, ScalarType::Float);
+  Tensor stats = torch::stable::new_empty(logits, {args.batch, args.length, 2}, ScalarType::Float);
+  Tensor invalid = torch::stable::new_empty(logits, {1}, ScalarType::Long);
+  args.log_probs = static_cast<float*>(log_probs.mutable_data_ptr());
+  args.stats = static_cast<float*>(stats.mutable_data_ptr());
+  gather_rows(op, args, logits, static_cast<int64_t*>(invalid.mutable_data_ptr()));
+  return {log_probs, stats, invalid};
 }
 
 Tensor gather_backward(Tensor grad, Tensor logits, Tensor tokens, Tensor stats, double temperature, Tensor forbidden) {
@@ -83,7 +123,7 @@ Tensor gather_backward(Tensor grad, Tensor logits, Tensor tokens, Tensor stats, 
   args.stats = const_cast<float*>(static_cast<const float*>(stats.const_data_ptr()));
   args.grad_logits = out.mutable_data_ptr();
   args.grad_stride = args.vocab;
-  backward(args);
+  backward_rows(op, args, logits);
   return out;
 }
 
@@ -111,11 +151,7 @@ void linear_fold(Tensor running, Tensor chunk, Tensor tokens, Tensor forbidden) 
   LogProbArgs args = chunk_arguments(op, chunk, tokens, forbidden);
   check(op, "running", running, ScalarType::Double, {args.batch, 3});
   args.running = static_cast<double*>(running.mutable_data_ptr());
-  const LogProbKernels& kernels = log_prob_kernels();
-  for_each_row(
-      args.batch, args.vocab, 0,
-      [&](int64_t r, int64_t begin, int64_t end, TileMass* tiles) { kernels.tile_masses(args, r, begin, end, tiles); },
-      [&](int64_t r, TileMass* tiles, double*) { kernels.fold(args, r, tiles); });
+  fold_rows(op, args, chunk);
 }
 
 void linear_grad(Tensor chunk, Tensor grad, Tensor tokens, Tensor stats, Tensor forbidden) {
@@ -127,12 +163,12 @@ void linear_grad(Tensor chunk, Tensor grad, Tensor tokens, Tensor stats, Tensor 
   args.stats = const_cast<float*>(static_cast<const float*>(stats.const_data_ptr()));
   args.grad_logits = chunk.mutable_data_ptr();
   args.grad_stride = args.vocab;
-  backward(args);
+  backward_rows(op, args, chunk);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(edlm, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(EDLM_LIBRARY, EDLM_KEY, m) {
   m.impl("gather_log_probs", TORCH_BOX(&gather));
   m.impl("gather_log_probs_backward", TORCH_BOX(&gather_backward));
   m.impl("linear_fold", TORCH_BOX(&linear_fold));

@@ -1,6 +1,8 @@
 // Log-probabilities of given tokens, and their gradients: arguments and kernels, free of torch.
 #pragma once
 
+#include <cstddef>
+
 #include "tiles.h"
 
 namespace edlm {
@@ -34,5 +36,12 @@ struct LogProbKernels {
   // grad_logits of a row's tiles [begin, end), from stats. Tokens outside the vocabulary are ignored.
   void (*backward)(const LogProbArgs&, int64_t row, int64_t begin, int64_t end);
 };
+
+// The same on a GPU (cuda/log_probs.cu), asynchronously, on a stream; as sampling.h has it. *invalid becomes the first row with an id out of
+// range, or -1. fold() and backward() are over all rows.
+extern "C" size_t edlm_cuda_gather_scratch(const LogProbArgs* args);
+extern "C" int edlm_cuda_gather(const LogProbArgs* args, void* scratch, int64_t* invalid, void* stream);
+extern "C" int edlm_cuda_fold(const LogProbArgs* args, void* stream);
+extern "C" int edlm_cuda_backward(const LogProbArgs* args, void* stream);
 
 }  // namespace edlm

@@ -6,11 +6,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define EDLM_HD __host__ __device__
-#else
-#define EDLM_HD
-#endif
+#include "device.h"
 
 // NOTE: functions are static: sources that are compiled for several instruction sets include this, and the linker would otherwise
 // keep one copy for all, perhaps the one that needs AVX-512.

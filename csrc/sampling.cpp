@@ -1,25 +1,27 @@
 // Bindings of the sampling family: check, allocate, call. The CPU row loop lives here too, since threads are torch's.
 #include "sampling.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "check.h"
+#include "stream.h"
+#if !defined(EDLM_CUDA)
 #include "cpu/isa.h"
 #include "cpu/report.h"
 #include "rows.h"
+#endif
 
 namespace edlm {
 
+#if !defined(EDLM_CUDA)
 EDLM_KERNEL_TABLE(SampleKernels, kSampleKernels, sample_kernels)
+#endif
 
 namespace {
 
+#if !defined(EDLM_CUDA)
 void sample_rows(const SampleArgs& args, const std::vector<int64_t>& rows, Report& report) {
   const SampleKernels& kernels = sample_kernels();
   for_each_row(
@@ -30,6 +32,7 @@ void sample_rows(const SampleArgs& args, const std::vector<int64_t>& rows, Repor
         if (code >= 0) report.add(4 * rows[i] + code);
       });
 }
+#endif
 
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
@@ -81,10 +84,49 @@ Outputs allocate(SampleArgs* args, const Tensor& like, const std::vector<int64_t
   return out;
 }
 
+#if defined(EDLM_CUDA)
+
+// Rows are looked at on the device: which of them are drawn is nothing that the host waits for.
+Result run(const char* op, const SampleArgs& args, const Tensor& logits, Outputs out) {
+  check_grid(op, args.batch * args.length, args.vocab);
+  const OnDevice here(op, logits);
+  Tensor scratch = scratch_for(logits, edlm_cuda_sample_scratch(&args));
+  here.check(edlm_cuda_sample(&args, scratch.mutable_data_ptr(), static_cast<int64_t*>(out.invalid.mutable_data_ptr()), here.stream()));
+  return {out.tokens, out.log_probs, out.model_log_probs, out.invalid};
+}
+
+#else
+
 Result finish(Outputs out, const Report& report) {
   *static_cast<int64_t*>(out.invalid.mutable_data_ptr()) = report.code();
   return {out.tokens, out.log_probs, out.model_log_probs, out.invalid};
 }
+
+// The masked rows are listed first, so that cost follows them.
+Result run(const char*, SampleArgs args, const Tensor&, Outputs out) {
+  Report report;
+  std::vector<int64_t> rows;
+  for (int64_t row = 0; row < args.batch * args.length; ++row) {
+    if (args.xt == nullptr || (args.xt[row] == args.mask && (args.active == nullptr || args.active[row]))) {
+      rows.push_back(row);
+      continue;
+    }
+    const bool is_id = args.xt[row] >= 0 && args.xt[row] < args.vocab;
+    if (!is_id) report.add(4 * row + kOutOfRange);
+    const int64_t b = row / args.length, l = row - b * args.length;
+    for (int64_t k = 0; k < args.num_samples; ++k) {
+      const int64_t at = (b * args.num_samples + k) * args.length + l;
+      args.tokens[at] = is_id ? args.xt[row] : 0;
+      args.log_probs[at] = 0.0f;
+      if (args.model_log_probs) args.model_log_probs[at] = 0.0f;
+    }
+  }
+  if (args.mask >= 0) args.forbidden = &args.mask, args.num_forbidden = 1;
+  sample_rows(args, rows, report);
+  return finish(out, report);
+}
+
+#endif
 
 Result sample_candidates(Tensor logits, Tensor xt, int64_t mask_token_id, int64_t num_candidates, std::optional<Tensor> active,
                          double temperature, int64_t top_k, double top_p, double min_p, Tensor seed, Tensor offset) {
@@ -99,33 +141,10 @@ Result sample_candidates(Tensor logits, Tensor xt, int64_t mask_token_id, int64_
   args.length = length;
   args.stride_b = logits.stride(0);
   args.stride_l = logits.stride(1);
-  args.forbidden = &mask_token_id;
-  args.num_forbidden = 1;
-
-  // Clean and inactive positions carry over; the rest are listed, so that cost follows the rows that are drawn.
-  const auto* token = static_cast<const int64_t*>(xt.const_data_ptr());
-  const bool* is_active = active ? static_cast<const bool*>(active->const_data_ptr()) : nullptr;
-  Report report;
-  std::vector<int64_t> rows;
-  for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t l = 0; l < length; ++l) {
-      const int64_t row = b * length + l;
-      if (token[row] == mask_token_id && (is_active == nullptr || is_active[row])) {
-        rows.push_back(row);
-        continue;
-      }
-      const bool is_id = token[row] >= 0 && token[row] < args.vocab;
-      if (!is_id) report.add(4 * row + kOutOfRange);
-      for (int64_t k = 0; k < num_candidates; ++k) {
-        const int64_t at = (b * num_candidates + k) * length + l;
-        args.tokens[at] = is_id ? token[row] : 0;
-        args.log_probs[at] = 0.0f;
-        if (args.model_log_probs) args.model_log_probs[at] = 0.0f;
-      }
-    }
-  }
-  sample_rows(args, rows, report);
-  return finish(out, report);
+  args.mask = mask_token_id;
+  args.xt = static_cast<const int64_t*>(xt.const_data_ptr());
+  args.active = active ? static_cast<const bool*>(active->const_data_ptr()) : nullptr;
+  return run(op, args, logits, out);
 }
 
 Result sample_categorical(Tensor logits, int64_t num_samples, Tensor position, double temperature, int64_t top_k, double top_p,
@@ -144,15 +163,13 @@ Result sample_categorical(Tensor logits, int64_t num_samples, Tensor position, d
   args.forbidden = static_cast<const int64_t*>(forbidden.const_data_ptr());
   args.num_forbidden = forbidden.numel();
 
-  std::vector<int64_t> rows(n);
-  for (int64_t i = 0; i < n; ++i) rows[i] = i;
-  Report report;
-  sample_rows(args, rows, report);
-  return finish(out, report);
+  args.mask = -1;
+  return run(op, args, logits, out);
 }
 
 }  // namespace
 
+#if !defined(EDLM_CUDA)
 // For tests, which alone call it, with what it does not check: the law of a draw from one float32 row, as the compiled kernel has it. Returns
 // -1, or a BadRow code.
 extern "C" __attribute__((visibility("default"))) int64_t edlm_sampling_law(const float* logits, int64_t vocab, double temperature,
@@ -170,8 +187,9 @@ extern "C" __attribute__((visibility("default"))) int64_t edlm_sampling_law(cons
   sample_kernels().tile_masses(args, 0, 0, num_tiles(vocab), tiles.data());
   return sample_kernels().law(args, 0, tiles.data(), scratch.data(), probs);
 }
+#endif
 
-STABLE_TORCH_LIBRARY_IMPL(edlm, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(EDLM_LIBRARY, EDLM_KEY, m) {
   m.impl("sample_candidates", TORCH_BOX(&sample_candidates));
   m.impl("sample_categorical", TORCH_BOX(&sample_categorical));
 }

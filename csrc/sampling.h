@@ -1,6 +1,8 @@
 // K exact draws a row from one read of the logits: arguments and kernels, free of torch.
 #pragma once
 
+#include <cstddef>
+
 #include "tiles.h"
 
 namespace edlm {
@@ -20,6 +22,9 @@ struct SampleArgs {
   const int64_t* position;     // [batch * length], or null: l
   const int64_t* forbidden;    // [num_forbidden], ids in any order, may repeat; those outside the vocabulary are ignored
   int64_t num_forbidden;
+  int64_t mask;                // excluded too; -1: none. Rows whose xt it is are drawn, the others keep their token. For the GPU's kernels:
+  const int64_t* xt;           // [batch * length], or null: all rows are drawn. On a CPU the binding lists them
+  const bool* active;          // the same shape, or null: a row where it is false is not drawn
   int64_t num_samples;
   double temperature;          // 0 is greedy
   int64_t top_k;               // 0: all
@@ -48,5 +53,10 @@ struct SampleKernels {
   // The law of the first draw: the probability of each column, as the numbers that draw() compares uniforms with give it. For tests.
   int64_t (*law)(const SampleArgs&, int64_t row, TileMass* tiles, double* scratch, double* probs);
 };
+
+// The same on a GPU (cuda/sampling.cu), asynchronously, on a stream. All pointers are of the device; `scratch` has as many bytes as the first
+// says, from a multiple of 16 on. *invalid becomes the smallest 4 * row + code of a bad row, or -1. Returns a cudaError_t.
+extern "C" size_t edlm_cuda_sample_scratch(const SampleArgs* args);
+extern "C" int edlm_cuda_sample(const SampleArgs* args, void* scratch, int64_t* invalid, void* stream);
 
 }  // namespace edlm

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "device.h"
+
 namespace edlm {
 
 // Logical columns of a tile. Part of the RNG contract: the first uniform of a draw picks a tile, the second a column in it.
@@ -24,9 +26,9 @@ struct TileMass {
   double sum;  // of the blocks
 };
 
-static inline int64_t num_tiles(int64_t vocab) { return (vocab + kTile - 1) / kTile; }
+EDLM_HD static inline int64_t num_tiles(int64_t vocab) { return (vocab + kTile - 1) / kTile; }
 
 // 1 / T, within what a normal float holds: a temperature below 1e-30 is as good as greedy, one above 1e30 as good as uniform.
-static inline double inverse_temperature(double t) { return t == 0 ? 1.0 : t < 1e-30 ? 1e30 : t > 1e30 ? 1e-30 : 1.0 / t; }
+EDLM_HD static inline double inverse_temperature(double t) { return t == 0 ? 1.0 : t < 1e-30 ? 1e30 : t > 1e30 ? 1e-30 : 1.0 / t; }
 
 }  // namespace edlm

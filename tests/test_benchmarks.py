@@ -64,7 +64,7 @@ def test_every_family_times_what_it_names(document, family):
 
 
 def test_a_file_says_where_its_numbers_come_from(document):
-    assert document["format"] == 1 and document["seed"] == 0
+    assert document["format"] == 1 and document["seed"] == 0 and document["device"] == "cpu"
     assert document["command"] == "edlm bench ops --smoke --allow-reference"
     assert {"cpu", "cores", "threads", "isa", "caches", "transparent_huge_pages", "memory"} <= set(document["machine"])
     assert set(document["versions"]) == {"torch", "edlm", "python"}
@@ -128,6 +128,9 @@ def test_interleaving_gives_every_call_a_number_of_its_own():
     assert interleave(variants, 50, budget_s=0, clock=lambda: float(next(time)))[0].repetitions == 3
     with pytest.raises(ValueError, match="repetitions: expected at least 3"):
         interleave(variants, 2)
+    # A replay of ten calls is one call of a sample, and ten of its mean.
+    (replay,) = interleave([Variant("graph", lambda i: None, ops=10)], 3, inner=7, clock=lambda: float(next(time)))
+    assert replay.median == 100 and replay.queued is None
 
 
 def test_inputs_are_random_and_their_neighbours_other_memory():

@@ -1,11 +1,11 @@
 // CUDA C++ kernels as host code: what a .cu file sees when g++ compiles it with `-include emulator.h` instead of nvcc.
 //
-// Every CUDA thread of a block is a fiber (emulator.cpp); blocks run one after another. Threads give way at barriers and at warp
-// primitives only, in an order that is chosen: forward, reverse or random. Shared memory holds 0xFF bytes (NaN, -1) before each block. A
-// kernel that breaks a rule of the machine (a barrier that not all reach, a shuffle from a lane that is not there) is stopped with a sentence
-// that names the kernel, the block, the thread, the file and the line.
+// Every CUDA thread of a block is a fiber (fiber.cpp); blocks run one after another, those of a cooperative launch by turns. Threads
+// give way at barriers and at warp primitives only, in an order that is chosen: forward, reverse or random. Shared memory holds 0xFF
+// bytes (NaN, -1) before each block. A kernel that breaks a rule of the machine (a barrier that not all reach, a shuffle from a lane
+// that is not there) is stopped with a sentence that names the kernel, the block, the thread, the file and the line.
 //
-// Sources keep three conventions, for which csrc/cuda has the real spelling: LAUNCH, DYN_SHARED, and no cub.
+// Sources keep four conventions, for which csrc/cuda has the real spelling: LAUNCH, LAUNCH_COOP, DYN_SHARED, and no cub.
 #pragma once
 
 #include <cmath>
@@ -18,6 +18,8 @@
 #include <driver_types.h>
 #include <vector_functions.h>
 #include <vector_types.h>
+
+#include "machine.h"
 
 #define EDLM_EMULATED 1
 
@@ -35,52 +37,25 @@
 #if defined(__SANITIZE_ADDRESS__)
 #define __shared__ static  // one block at a time: one copy. As an ordinary global it has AddressSanitizer's redzones
 #else
-#define __shared__ static thread_local  // the same; but together in one segment, which the emulator can find and fill before a block
+// Blocks that are alive together have threads of the operating system. All of it is in one segment, which is filled before a block.
+#define __shared__ static thread_local
 #endif
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
 namespace emulator {
 
-// What a thread may ask about itself.
-struct Thread {
-  dim3 index, block, block_size, grid_size;
-  int linear, lane, warp;
-  void* dynamic_shared;
+struct Shape {
+  dim3 grid, block;
+  size_t dynamic_shared;
+  bool is_cooperative;
 };
-
-Thread& self();
-
-enum class WarpOp { kSync, kShuffle, kBallot, kAll, kAny, kMatch, kAdd, kMin, kMax, kAnd, kOr, kXor };
-
-struct Site {
-  const char* file;
-  int line;
-};
-
-// Counts, ors and ands the predicate over the block.
-struct Votes {
-  int count, any, all;
-};
-Votes barrier(int predicate, Site site);
-// `source` is the lane that a shuffle reads. Values are up to eight bytes.
-uint64_t meet(WarpOp op, unsigned mask, uint64_t value, int source, bool is_signed, Site site);
-void give_way();
-[[noreturn]] void fail(const char* format, ...);
-
-void count_read(const void* from, size_t bytes);
-
-void copy_async(void* to, const void* from, size_t bytes);
-void copy_commit();
-void copy_wait(size_t but);
-
-void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared, void (*run)(void*), void* body);
-cudaError_t take_error();
 
 template <class Kernel, class... Args>
-void launch_kernel(const char* name, Kernel kernel, dim3 grid, dim3 block, size_t dynamic_shared, cudaStream_t, Args... args) {
+void launch_kernel(const char* name, Kernel kernel, const Shape& shape, cudaStream_t, Args... args) {
   auto body = [=] { kernel(args...); };
-  launch(name, reinterpret_cast<const void*>(kernel), grid, block, dynamic_shared, [](void* b) { (*static_cast<decltype(body)*>(b))(); }, &body);
+  const auto run = [](void* b) { (*static_cast<decltype(body)*>(b))(); };
+  launch({name, shape.grid, shape.block, shape.dynamic_shared, shape.is_cooperative, run, &body});
 }
 
 template <class T>
@@ -172,23 +147,40 @@ EMULATOR_REDUCE(__reduce_or_sync, kOr)
 EMULATOR_REDUCE(__reduce_xor_sync, kXor)
 #undef EMULATOR_REDUCE
 
-// --- fences and atomics: one fiber runs at a time ---------------------------------------------------------------------------------
+// --- fences and atomics: one fiber runs at a time. As on the device, atomics order nothing without a fence --------------------------
 
-inline void __threadfence() { emulator::give_way(); }
+inline void __threadfence() {
+  emulator::give_way();
+  emulator::fence();
+}
 inline void __threadfence_block() { emulator::give_way(); }
-inline void __nanosleep(unsigned) { emulator::give_way(); }
+inline void __nanosleep(unsigned) { emulator::sleep(); }
 
-#define EMULATOR_ATOMIC(name, result)              \
-  template <class T>                               \
-  T name(T* at, std::type_identity_t<T> value) {   \
-    emulator::give_way();                          \
-    const T old = *at;                             \
-    *at = static_cast<T>(result);                  \
-    return old;                                    \
+namespace emulator {
+
+// `next(old)` gives what is written. Relaxed operations tell ThreadSanitizer that these accesses do not race with each other.
+template <class T, class Next>
+T change(T* at, const Next& next) {
+  give_way();
+  T old;
+  __atomic_load(at, &old, __ATOMIC_RELAXED);
+  atomic_read(at);
+  T value = next(old);
+  __atomic_store(at, &value, __ATOMIC_RELAXED);
+  atomic_written(at);
+  return old;
+}
+
+}  // namespace emulator
+
+#define EMULATOR_ATOMIC(name, result)                                              \
+  template <class T>                                                               \
+  T name(T* at, std::type_identity_t<T> value) {                                   \
+    return emulator::change(at, [=](T old) { return static_cast<T>(result); });    \
   }
 EMULATOR_ATOMIC(atomicAdd, old + value)
 EMULATOR_ATOMIC(atomicSub, old - value)
-EMULATOR_ATOMIC(atomicExch, value)
+EMULATOR_ATOMIC(atomicExch, ((void)old, value))
 EMULATOR_ATOMIC(atomicMax, old < value ? value : old)
 EMULATOR_ATOMIC(atomicMin, value < old ? value : old)
 EMULATOR_ATOMIC(atomicAnd, old & value)
@@ -198,13 +190,10 @@ EMULATOR_ATOMIC(atomicInc, old >= value ? 0 : old + 1)
 
 template <class T>
 T atomicCAS(T* at, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
-  emulator::give_way();
-  const T old = *at;
-  if (old == expected) *at = value;
-  return old;
+  return emulator::change(at, [=](T old) { return old == expected ? value : old; });
 }
 
-// --- asynchronous copies: done at the wait, so that a missing wait reads what was there before ----------------------------------------
+// --- asynchronous copies: done at the wait, so that a missing wait reads what was there before ---------------------------------------
 
 inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) { emulator::copy_async(to, from, bytes); }
 inline void __pipeline_commit() { emulator::copy_commit(); }
@@ -239,7 +228,9 @@ T __ldg(const T* p) {
 
 #define DYN_SHARED(T, name) T* name = static_cast<T*>(emulator::self().dynamic_shared)
 #define LAUNCH(kernel, grid, block, shared, stream, ...) \
-  emulator::launch_kernel(#kernel, kernel, grid, block, shared, stream __VA_OPT__(, ) __VA_ARGS__)
+  emulator::launch_kernel(#kernel, kernel, {grid, block, shared, false}, stream __VA_OPT__(, ) __VA_ARGS__)
+#define LAUNCH_COOP(kernel, grid, block, shared, stream, ...) \
+  emulator::launch_kernel(#kernel, kernel, {grid, block, shared, true}, stream __VA_OPT__(, ) __VA_ARGS__)
 inline cudaError_t cudaGetLastError() { return emulator::take_error(); }
 
 // --- the runtime, as far as launchers use it: a device of two multiprocessors ----------------------------------------------------
@@ -260,4 +251,6 @@ inline cudaError_t cudaMemsetAsync(void* to, int byte, size_t bytes, cudaStream_
   std::memset(to, byte, bytes);
   return cudaSuccess;
 }
-inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "the emulator refused or stopped a kernel"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "the emulator refused or stopped a kernel";
+}

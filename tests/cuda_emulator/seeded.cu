@@ -1,5 +1,5 @@
-// A kernel with faults to choose from: does the emulator still bite? Sums of rows, a block of 128 threads a row pair, by the means that the
-// package's kernels use: shuffles, shared memory, barriers, asynchronous copies. `fault` 0 is right.
+// A kernel with faults to choose from: does the emulator still bite? Sums of rows, a block of 128 threads a row pair, by the means that
+// the package's kernels use: shuffles, shared memory, barriers, asynchronous copies. `fault` 0 is right.
 #ifndef EDLM_EMULATED
 #error "for the emulator only"
 #endif
@@ -15,8 +15,10 @@ enum Fault {
   kWrongSlot,
   kDivergentBarrier,
   kUnwrittenShared,
+  kUnwrittenDynamicShared,
   kMissingWait,
   kMissingSyncwarp,
+  kSyncwarpOfHalf,
   kLaneOutsideMask,
   kReturnedLane,
   kShortDynamicShared,
@@ -29,7 +31,7 @@ __device__ float warp_sum(float v) {
 }
 
 __global__ void sum_rows(const float* x, float* out, int rows, int columns, int fault) {
-  __shared__ float partial[kWarps];
+  __shared__ float partial[kWarps + 1];
   __shared__ float exchange[kThreads];
   __shared__ __align__(16) float staged[kThreads * 4];
   DYN_SHARED(float, spare);
@@ -60,8 +62,12 @@ __global__ void sum_rows(const float* x, float* out, int rows, int columns, int 
     }
     if (fault == kLaneOutsideMask && lane < 16) sum = __shfl_sync(0x0000FFFFu, sum, 20);
     exchange[thread] = sum;
-    if (fault != kMissingSyncwarp) __syncwarp();
-    sum = exchange[thread ^ 1];  // every lane has the warp's sum: its neighbour's is the same
+    if (fault == kSyncwarpOfHalf)
+      __syncwarp(lane < 16 ? 0x0000FFFFu : 0xFFFF0000u);
+    else if (fault != kMissingSyncwarp)
+      __syncwarp();
+    // Every lane has the warp's sum: its neighbour's is the same.
+    sum = exchange[thread ^ (fault == kSyncwarpOfHalf && lane >= 16 ? 16 : 1)];
     spare[thread] = sum;
     const float last = __shfl_sync(0xFFFFFFFFu, sum, 31);
     if (lane == 0) partial[fault == kWrongSlot && warp == kWarps - 1 ? warp - 1 : warp] = (sum + last) / 2;
@@ -72,14 +78,15 @@ __global__ void sum_rows(const float* x, float* out, int rows, int columns, int 
     }
     float total = 0;
     for (int w = 0; w < kWarps; ++w) total += partial[w];
-    if (fault == kUnwrittenShared) total += exchange[0] * 0 + partial[0] * 0 + spare[kThreads];
+    if (fault == kUnwrittenShared) total += partial[kWarps];
+    if (fault == kUnwrittenDynamicShared) total += spare[kThreads];
     if (thread == 0 || thread == kThreads - 1) atomicAdd(out + row, total / 2);  // what the first and the last thread see
     if (fault != kMissingBarrierBeforeReuse) __syncthreads();
   }
 }
 
 extern "C" int sum_rows_launch(const float* x, float* out, int rows, int columns, int fault) {
-  const size_t shared = (kThreads + (fault == kShortDynamicShared ? -1 : fault == kUnwrittenShared ? 1 : 0)) * sizeof(float);
+  const size_t shared = (kThreads + (fault == kShortDynamicShared ? -1 : fault == kUnwrittenDynamicShared ? 1 : 0)) * sizeof(float);
   LAUNCH(sum_rows, dim3((rows + 1) / 2), dim3(kThreads), shared, nullptr, x, out, rows, columns, fault);
   return static_cast<int>(cudaGetLastError());
 }
