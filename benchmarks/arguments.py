@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 FAMILIES = ("sampling", "log_probs", "importance")
+DEVICES = ("cpu", "cuda")
 
 
 def add_arguments(parser: argparse.ArgumentParser, families: bool = True) -> None:
@@ -17,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser, families: bool = True) -> Non
     effort.add_argument("--full", dest="effort", action="store_const", const="full", help="every sweep, and peak memory: minutes")
     effort.add_argument("--smoke", dest="effort", action="store_const", const="smoke", help="tiny sizes, to see that it runs")
     parser.set_defaults(effort="quick")
+    parser.add_argument(
+        "--device", choices=DEVICES, default="cpu", help="where the inputs lie and the ops run (default: %(default)s)"
+    )
     parser.add_argument("--memory", action="store_true", help="peak memory too, in fresh processes (part of --full)")
     parser.add_argument("--repetitions", type=int, metavar="N", help="rounds of each case, at least 3 (default: 15; smoke: 3)")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs (default: %(default)s)")

@@ -1,6 +1,7 @@
 """What the ops promise, checked against results: every claim with its limit, the measured value, and whether it is met.
 
-Medians as they are: no tolerance, no rounding before the comparison. A claim that was not measured is listed as such.
+Medians as they are: no tolerance, no rounding before the comparison. A claim that was not measured is listed as such. A CPU and a
+GPU have claims of their own.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ HAND, HAND_COMPILED = "log_softmax + multinomial + gather, K = 8", "the same com
 ROWS = ("512 x 50258", "256 x 151936")
 DTYPES = ("float32", "bfloat16", "float16")
 MEGABYTE = 1e6
+FLASHINFER = ("flashinfer sampling_from_logits, 8 times", "flashinfer sampling_from_probs, 8 times")
+GRAPH_CHECK = "replays of a graph draw what eager calls draw, and afresh"
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,50 @@ def _importance(m: Medians) -> Iterator[Verdict]:
     yield Verdict("importance", claim, "B = 64, L = 1024, K = 16", _ratio(ours, allowed), "<=", 1)
 
 
-def verdicts(results: list[dict], families: list[str]) -> list[Verdict]:
-    medians, checks = Medians(results), {"sampling": _sampling, "log_probs": _log_probs, "importance": _importance}
-    return [verdict for family in families for verdict in checks[family](medians)]
+# --- on a GPU ---------------------------------------------------------------------------------------------------------------------
+
+_LARGE = ("1024 x 50258", "8192 x 50258", "1024 x 151936", "8192 x 151936")
+_GPU_DTYPES = ("bfloat16", "float32")
+
+
+def _cuda_sampling(m: Medians, checks: list[dict]) -> Iterator[Verdict]:
+    op = "sample_candidates"
+
+    def time(rows: str, dtype: str, name: str, key: str = "median") -> float | None:
+        return m.get("sampling", f"decode step: {rows}", dtype, name, key)
+
+    for rows in _LARGE:
+        share = time(rows, "bfloat16", f"{op}, K = 8", "of_copy")
+        value = None if share is None else 100 * share
+        yield Verdict("sampling", f"{op}, K = 8: of the bandwidth of a copy", f"{rows}, bfloat16", value, ">=", 85, " %")
+    for rows in _LARGE:
+        for dtype in _GPU_DTYPES:
+            value = _ratio(time(rows, dtype, f"{op}, K = 16"), time(rows, dtype, f"{op}, K = 1"))
+            yield Verdict("sampling", f"{op}: K = 16 over K = 1", f"{rows}, {dtype}", value, "<=", 1.05)
+    for rows in _LARGE:
+        for dtype in _GPU_DTYPES:
+            value = _ratio(time(rows, dtype, HAND), time(rows, dtype, f"{op}, K = 8"))
+            yield Verdict("sampling", f"{op}, K = 8: {HAND.rpartition(',')[0]} over it", f"{rows}, {dtype}", value, ">=", 5)
+    for rows in _LARGE:
+        for dtype in _GPU_DTYPES:
+            best = _smallest(*(time(rows, dtype, name) for name in FLASHINFER))
+            value = _ratio(time(rows, dtype, f"{op}, K = 8"), best)
+            yield Verdict(
+                "sampling", f"{op}, K = 8: time over flashinfer 8 times, the faster way", f"{rows}, {dtype}", value, "<", 1
+            )
+    drawn = next((c["value"] for c in checks if c["family"] == "sampling" and c["name"] == GRAPH_CHECK), None)
+    value = None if drawn is None else 100 * drawn
+    yield Verdict("sampling", GRAPH_CHECK, "sample_categorical, 64 x 50258, K = 8", value, ">=", 100, " %")
+
+
+def verdicts(results: list[dict], families: list[str], device: str = "cpu", checks: list[dict] | None = None) -> list[Verdict]:
+    medians = Medians(results)
+    if device == "cuda":
+        return list(_cuda_sampling(medians, checks or [])) if "sampling" in families else []
+    judges = {"sampling": _sampling, "log_probs": _log_probs, "importance": _importance}
+    return [verdict for family in families for verdict in judges[family](medians)]
+
+
+def judge(document: dict, families: list[str]) -> list[Verdict]:
+    """Of a file: one that does not name its device was measured on a CPU."""
+    return verdicts(document["results"], families, document.get("device", "cpu"), document.get("checks"))

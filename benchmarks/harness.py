@@ -1,7 +1,8 @@
 """Interleaved timing in one process: medians with quartiles, as ratios to floors measured in the same rounds.
 
 Two floors: ``amax`` reads every logit once, so nothing that needs all of them can be faster; the sum of exponentials, compiled by
-inductor, is the least arithmetic that a normaliser takes. Times are milliseconds.
+inductor, is the least arithmetic that a normaliser takes. On a GPU a third: the bandwidth of a large copy, measured once a family.
+Times are milliseconds.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import edlm.ops
 import torch
@@ -17,6 +19,7 @@ import torch
 from .machine import last_level_cache
 
 AMAX, EXP_SUM = "amax", "sum of exp, compiled"
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Variant:
     k: int | None = None
     threads: int | None = None
     before: Callable[[], object] | None = None  # untimed, ahead of every call
+    ops: int = 1  # calls of the op that ``call`` makes: the replay of a graph makes many
+    wall: bool = False  # on a GPU: by the host's clock until the device is done, as a caller who waits would see it
 
 
 @dataclass(frozen=True)
@@ -39,71 +44,104 @@ class Timing:
     low: float
     high: float
     repetitions: int
+    queued: float | None = None  # on a GPU: the share of samples whose work was all queued before the device began it
 
     def scaled(self, factor: float) -> Timing:
-        return Timing(factor * self.median, factor * self.low, factor * self.high, self.repetitions)
+        return Timing(factor * self.median, factor * self.low, factor * self.high, self.repetitions, self.queued)
+
+
+class HostTimer:
+    """A sample by the host's clock. Like every timer it gives milliseconds, and whether the work was queued (None: no queue)."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+
+    def __call__(self, variant: Variant, work: Callable[[], object], calls: int) -> tuple[float, bool | None]:
+        begin = self.clock()
+        work()
+        return 1e3 * (self.clock() - begin), None
 
 
 def interleave(
-    variants: Sequence[Variant], repetitions: int, *, budget_s: float = 30.0, inner: int = 1, clock: Callable = time.perf_counter
+    variants: Sequence[Variant],
+    repetitions: int,
+    *,
+    budget_s: float = 30.0,
+    inner: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+    timer: Callable[[Variant, Callable[[], object], int], tuple[float, bool | None]] | None = None,
 ) -> list[Timing]:
     """Time every variant once a round, in turn, so that drift of the machine falls on all alike; each round starts with another
     one, so that none always runs in the wake of the same neighbour.
 
     One warm-up round is thrown away. Rounds stop at ``repetitions`` or when ``budget_s`` is spent, never below three. ``inner``
     calls make one sample, their mean, where a call takes microseconds. The number that a call gets is never repeated, so that
-    two neighbours in a round do not read the same input either.
+    two neighbours in a round do not read the same input either. ``clock`` keeps the budget; ``timer`` takes the samples.
     """
     if repetitions < 3:
         raise ValueError(f"repetitions: expected at least 3, for quartiles, got {repetitions}")
-    samples: list[list[float]] = [[] for _ in variants]
+    timer = timer or HostTimer(clock)
+    samples: list[list[tuple[float, bool | None]]] = [[] for _ in variants]
     start, order, number = clock(), list(range(len(variants))), 0
     for round_ in range(-1, repetitions):
         order = order[1:] + order[:1]
         for i in order:
             if variants[i].before is not None:
                 variants[i].before()
-            call = variants[i].call
-            begin = clock()
-            for n in range(number, number + inner):
-                call(n)
-            elapsed = clock() - begin
-            number += inner
+            calls = 1 if variants[i].ops > 1 or variants[i].wall else inner
+            elapsed, queued = timer(variants[i], partial(_repeat, variants[i].call, number, calls), calls)
+            number += calls
             if round_ >= 0:
-                samples[i].append(1e3 * elapsed / inner)
+                samples[i].append((elapsed / (calls * variants[i].ops), queued))
         if round_ >= 2 and clock() - start > budget_s:
             break
     timings = []
-    for times in samples:
-        low, median, high = statistics.quantiles(times, n=4, method="inclusive")
-        timings.append(Timing(median, low, high, len(times)))
+    for taken in samples:
+        low, median, high = statistics.quantiles([time_ for time_, _ in taken], n=4, method="inclusive")
+        queued = [queued for _, queued in taken if queued is not None]
+        timings.append(Timing(median, low, high, len(taken), sum(queued) / len(queued) if queued else None))
     return timings
+
+
+def _repeat(call: Callable[[int], object], number: int, calls: int) -> None:
+    for n in range(number, number + calls):
+        call(n)
 
 
 class Inputs:
     """Logits that no cache holds: views of one random pool, larger than the last-level cache, in turn.
 
     ``fresh(n, v, dtype)`` gives a function of the number of the call: neighbours are different memory. Where a pool holds only two
-    inputs, the two together are still larger than the cache.
+    inputs, the two together are still larger than the cache. On a GPU the pool is eight times its L2 and more, as far as a quarter
+    of the free memory goes; what does not fit twice is not timed.
     """
 
-    def __init__(self, largest: int, seed: int, smoke: bool) -> None:
+    def __init__(self, largest: int, seed: int, smoke: bool, device: torch.device = CPU) -> None:
+        self.device = device
         self.bytes = 2 * largest if smoke else max(2 * largest, 3 * last_level_cache() // 2)
+        if device.type == "cuda" and not smoke:
+            l2, free = torch.cuda.get_device_properties(device).L2_cache_size, torch.cuda.mem_get_info(device)[0]
+            self.bytes = min(max(2 * largest, 8 * l2), free // 4)
         self.generator = torch.Generator().manual_seed(seed)
         self.pools: dict[torch.dtype, torch.Tensor] = {}
+
+    def fits(self, n: int, v: int, dtype: torch.dtype) -> bool:
+        return 2 * n * v * dtype.itemsize <= self.bytes
 
     def pool(self, dtype: torch.dtype) -> torch.Tensor:
         if dtype not in self.pools:
             size = self.bytes // dtype.itemsize + 1024
             # A period of 2^24 deviates, which no row length divides: two rows are never alike, and making it takes no seconds.
-            period = (2 * torch.randn(min(size, 1 << 24), generator=self.generator)).to(dtype)
+            period = (2 * torch.randn(min(size, 1 << 24), generator=self.generator)).to(dtype).to(self.device)
             self.pools[dtype] = period.repeat(-(-size // len(period)))[:size].contiguous()
         return self.pools[dtype]
 
     def fresh(self, n: int, v: int, dtype: torch.dtype) -> Callable[[int], torch.Tensor]:
-        pool, line = self.pool(dtype), 64 // dtype.itemsize
-        size = -(-n * v // line) * line  # each input starts at a cache line, as an allocator would have it
-        views = [pool[i : i + n * v].view(n, v) for i in range(0, len(pool) - n * v + 1, size)][:4096]
+        pool, line = self.pool(dtype), (512 if self.device.type == "cuda" else 64) // dtype.itemsize
+        size = (
+            -(-n * v // line) * line
+        )  # each input starts at a cache line, as an allocator would have it (512: torch's on a GPU)
+        views = [pool[i : i + n * v].view(n, v) for i in range(0, len(pool) - n * v + 1, size)[:4096]]
         return lambda number: views[number % len(views)]
 
 
@@ -117,100 +155,20 @@ def exp_sum(logits: torch.Tensor) -> torch.Tensor:
     return logits.float().exp().sum(-1)
 
 
-def inductor_problem() -> str | None:
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def inductor_problem(device: torch.device = CPU) -> str | None:
     """None where inductor compiles; otherwise why not, in one line."""
     try:
-        compiled(exp_sum)(torch.randn(2, 8))
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        return str(error).strip().splitlines()[0]
+        compiled(exp_sum)(torch.randn(2, 8, device=device))
+    except (RuntimeError, ImportError, OSError) as error:  # no compiler; on a GPU also no triton, or one that does not run
+        return first_line(error)
     return None
 
 
-def references(ops: Sequence[str]) -> list[str]:
-    """Which of these would run a reference here."""
+def references(ops: Sequence[str], device: str = "cpu") -> list[str]:
+    """Which of these would run a reference on that kind of device."""
     kinds = edlm.ops.backends()
-    return [op for op in ops if op in kinds and kinds[op]["cpu"] != "compiled"]
-
-
-@dataclass
-class Session:
-    """One run of one family: how much to do, its inputs, and the results as they come."""
-
-    family: str
-    effort: str  # smoke | quick | full
-    repetitions: int
-    inputs: Inputs
-    inductor: bool  # whether compiled variants are run
-    memory: bool
-    show: Callable[[list[dict]], None]
-    results: list[dict] = field(default_factory=list)
-
-    @property
-    def full(self) -> bool:
-        return self.effort == "full"
-
-    @property
-    def smoke(self) -> bool:
-        return self.effort == "smoke"
-
-    def floors(self, fresh: Callable[[int], torch.Tensor]) -> list[Variant]:
-        """Both read-only passes over the same inputs."""
-        size = fresh(0).numel() * fresh(0).element_size()
-        variants = [Variant(AMAX, lambda i: fresh(i).amax(-1), size)]
-        if self.inductor:
-            pass_ = compiled(exp_sum)
-            pass_(fresh(0))
-            variants.append(Variant(EXP_SUM, lambda i: pass_(fresh(i)), size))
-        return variants
-
-    def measure(
-        self,
-        case: str,
-        variants: Sequence[Variant],
-        *,
-        n: int,
-        v: int | None,
-        dtype: torch.dtype | None,
-        budget_s: float = 10.0,
-        inner: int = 1,
-        apart: Sequence[tuple[Variant, int]] = (),
-    ) -> None:
-        """Interleave the variants and keep their results. ``apart``: slow ones with the rows that they are timed on; they run by
-        themselves afterwards, for they leave caches and clock in a state that no decode loop has."""
-        if self.smoke:
-            inner = min(inner, 3)
-        timings = list(zip(variants, interleave(variants, self.repetitions, budget_s=budget_s, inner=inner), strict=True))
-        notes = {}
-        for variant, rows in apart:
-            timings.append((variant, interleave([variant], 3)[0].scaled(n / rows)))
-            if rows != n:
-                notes[variant.name] = f"timed on {rows} of {n} rows and scaled"
-        medians = {variant.name: timing.median for variant, timing in timings}
-        rows = []
-        for variant, timing in timings:
-            rows.append(
-                {
-                    "family": self.family,
-                    "case": case,
-                    "name": variant.name,
-                    "n": n,
-                    "v": v,
-                    "k": variant.k,
-                    "dtype": str(dtype).removeprefix("torch.") if dtype else None,
-                    "threads": variant.threads or torch.get_num_threads(),
-                    "median": timing.median,
-                    "low": timing.low,
-                    "high": timing.high,
-                    "repetitions": timing.repetitions,
-                    "bytes": variant.bytes,
-                    "gb_per_s": variant.bytes / timing.median / 1e6,
-                    "over_amax": timing.median / medians[AMAX] if AMAX in medians else None,
-                    "over_exp_sum": timing.median / medians[EXP_SUM] if EXP_SUM in medians else None,
-                    "note": notes.get(variant.name),
-                }
-            )
-        self.add(rows)
-
-    def add(self, rows: list[dict]) -> None:
-        self.results += rows
-        self.show(rows)
+    return [op for op in ops if op in kinds and kinds[op][device] != "compiled"]

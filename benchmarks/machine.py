@@ -73,9 +73,11 @@ def _commit() -> tuple[str | None, bool]:
         return None, False
 
 
-def describe() -> dict[str, object]:
+def describe(device: str = "cpu") -> dict[str, object]:
+    """``device``: cpu or cuda, whose kernels ``ops`` tells of."""
     build, (commit, changed) = _build(), _commit()
     return {
+        "device": device,
         "machine": {
             "cpu": _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
@@ -88,7 +90,7 @@ def describe() -> dict[str, object]:
         },
         "versions": {"torch": torch.__version__, "edlm": edlm.__version__, "python": platform.python_version()},
         "build": build,
-        "ops": {op: kinds["cpu"] for op, kinds in edlm.ops.backends().items()},
+        "ops": {op: kinds[device] for op, kinds in edlm.ops.backends().items()},
         "commit": commit,
         "changed": changed,
     }

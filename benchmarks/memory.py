@@ -5,6 +5,8 @@ the products keeps buffers from then on (the op itself is not called, so that wh
 (malloc_trim) and reads VmRSS. It then resets the peak by writing 5 to /proc/self/clear_refs, calls once, and reads VmHWM. Where the
 reset is refused, a thread reads VmRSS every half millisecond instead. The difference counts everything: results, workspaces of the
 products, the C library's slack. The gradients that a backward returns are given too, for what lies beyond them. Linux only.
+
+On a GPU it is torch's own count of allocated bytes, in this process: the peak over the call, beyond what was allocated before.
 """
 
 from __future__ import annotations
@@ -29,19 +31,19 @@ def _status(key: str) -> int:
         return next(int(line.split()[1]) << 10 for line in file if line.startswith(key + ":"))
 
 
-def _loss(call: str, n: int, d: int, v: int) -> tuple[Callable[[], torch.Tensor], list[torch.Tensor]]:
+def _loss(call: str, n: int, d: int, v: int, device: str = "cpu") -> tuple[Callable[[], torch.Tensor], list[torch.Tensor]]:
     """A function that gives the negative log-likelihood, and the tensors that it is differentiated by."""
     from edlm.ops import gather_log_probs, linear_log_probs
     from torch.nn.functional import cross_entropy
 
-    tokens = torch.randint(v, (n,))
+    tokens = torch.randint(v, (n,), device=device)
     if call in ("linear_log_probs", "logits + cross_entropy"):
-        hidden, weight = torch.randn(n, d), torch.randn(v, d) / d**0.5
+        hidden, weight = torch.randn(n, d, device=device), torch.randn(v, d, device=device) / d**0.5
         leaves = [hidden.requires_grad_(), weight.requires_grad_()]
         if call == "linear_log_probs":
             return lambda: -linear_log_probs(hidden, weight, tokens).mean(), leaves
         return lambda: cross_entropy(hidden @ weight.t(), tokens), leaves
-    logits = (2 * torch.randn(n, v)).requires_grad_()
+    logits = (2 * torch.randn(n, v, device=device)).requires_grad_()
     losses = {
         "gather_log_probs": lambda: -gather_log_probs(logits, tokens).mean(),
         "cross_entropy": lambda: cross_entropy(logits, tokens),
@@ -107,8 +109,27 @@ def _measure(call: str, backward: bool, n: int, d: int, v: int, threads: int) ->
     return {"extra_bytes": peak - before, "gradient_bytes": gradients, "method": method}
 
 
-def measure(call: str, *, backward: bool, n: int, d: int, v: int) -> dict[str, object]:
-    """``extra_bytes`` at the peak, ``gradient_bytes`` of them that are results, ``method``; in a fresh process."""
+def _measure_on_gpu(call: str, backward: bool, n: int, d: int, v: int) -> dict[str, object]:
+    loss, leaves = _loss(call, n, d, v, "cuda")
+    for _ in range(2):  # the library of the products keeps a workspace from its first call on
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        if backward:
+            torch.autograd.grad(loss(), leaves)
+        else:
+            with torch.no_grad():
+                loss()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+    gradients = sum(t.numel() * t.element_size() for t in leaves) if backward else 0
+    return {"extra_bytes": peak - before, "gradient_bytes": gradients, "method": "max_memory_allocated, the second call"}
+
+
+def measure(call: str, *, backward: bool, n: int, d: int, v: int, device: str = "cpu") -> dict[str, object]:
+    """``extra_bytes`` at the peak, ``gradient_bytes`` of them that are results, ``method``; of a CPU in a fresh process."""
+    if device == "cuda":
+        return _measure_on_gpu(call, backward, n, d, v)
     arguments = json.dumps([call, backward, n, d, v, torch.get_num_threads()])
     done = subprocess.run([sys.executable, "-P", __file__, arguments], capture_output=True, text=True, check=False)
     if done.returncode:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
 import sys
@@ -12,9 +13,11 @@ from pathlib import Path
 import torch
 
 from .arguments import FAMILIES, add_arguments
-from .claims import verdicts
-from .harness import Inputs, Session, inductor_problem, references
+from .claims import judge
+from .device import DeviceTimer, describe_gpu
+from .harness import Inputs, inductor_problem, references
 from .machine import describe
+from .session import Session
 from .tables import console, machine_line, markdown, verdict_lines
 
 FORMAT = 1  # of the JSON file
@@ -30,47 +33,80 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--repetitions: expected at least 3, for quartiles, got {options.repetitions}")
     if options.json and (Path(options.json).is_dir() or not Path(options.json).resolve().parent.is_dir()):
         raise ValueError(f"--json: expected a file in a folder that exists, got {options.json}")
+    device = _device(options.device)
     modules = {family: importlib.import_module(f".ops.bench_{family}", __package__) for family in families}
     timed_ops = [op for module in modules.values() for op in module.OPS]
-    slow = references(timed_ops)
+    slow = references(timed_ops, device.type)
     if slow and not options.allow_reference:
         raise ValueError(
-            f"expected compiled kernels, got references of {', '.join(slow)}: timing them would say nothing of the kernels. Build "
-            "edlm (`edlm info` tells what is there), choose other families with --family, or give --allow-reference"
+            f"expected kernels compiled for {device.type}, got references of {', '.join(slow)}: timing them would say nothing of the "
+            "kernels. Build edlm (`edlm info` tells what is there), choose other families with --family, or give --allow-reference"
         )
     if not 0 <= options.seed < 2**63:
         raise ValueError(f"--seed: expected 0 .. 2**63 - 1, got {options.seed}")
     torch.manual_seed(options.seed)
     begin, smoke = time.time(), options.effort == "smoke"
     # Half of a smoke's seconds would go into compiling what it does not time.
-    problem = "not compiled in a smoke" if smoke else inductor_problem()
+    problem = "not compiled in a smoke" if smoke else inductor_problem(device)
     document: dict = {
         "format": FORMAT,
         "command": command(options),
         "effort": options.effort,
         "seed": options.seed,
-        **describe(),
+        **describe(device.type),
         "timed_ops": timed_ops,
         "inductor_problem": problem,
         "date": time.strftime("%Y-%m-%d"),
+        "missing": [],
+        "checks": [],
         "results": [],
     }
+    if device.type == "cuda":
+        document["machine"]["gpu"] = describe_gpu(device)
     print(machine_line(document))
     for family, module in modules.items():
-        inputs = Inputs(1 << 16 if smoke else module.LARGEST, options.seed, smoke)
+        largest = 1 << 16 if smoke else module.LARGEST if device.type == "cpu" else module.LARGEST_CUDA
+        inputs = Inputs(largest, options.seed, smoke, device)
         repetitions = options.repetitions or (3 if smoke else 15)
         memory = options.memory or options.effort == "full"
-        session = Session(family, options.effort, repetitions, inputs, problem is None, memory, _show)
-        module.run(session)
-        document["results"] += session.results
-        document["seconds"] = round(time.time() - begin, 1)
-        if options.json:  # after every family: minutes are not lost to a later one
-            whole, part = Path(options.json), Path(f"{options.json}.part")
-            part.write_text(to_json(document))
-            part.replace(whole)
-    print(verdict_lines(verdicts(document["results"], families)))
+        timer = DeviceTimer() if device.type == "cuda" else None
+        session = Session(family, options.effort, repetitions, inputs, problem is None, memory, _show, timer)
+        if session.cuda:
+            session.copy()
+        try:
+            module.run(session)
+        finally:  # what was measured is kept, whatever ended it
+            for key in ("results", "missing", "checks"):
+                document[key] += getattr(session, key)
+            document["seconds"] = round(time.time() - begin, 1)
+            _write(options.json, document)
+        if session.cuda:
+            document["machine"]["gpu"]["clocks"] = describe_gpu(device)["clocks"]  # right after work, not those of an idle GPU
+            del inputs, session  # the next family measures what is free
+            gc.collect()
+            torch.cuda.empty_cache()
+            _write(options.json, document)
+    print(verdict_lines(judge(document, families)))
     print(f"\n{document['seconds']:.0f} s")
-    return 0
+    broken = [row for row in document["missing"] if row["name"].partition(",")[0] in timed_ops]
+    wrong = [check for check in document["checks"] if check["value"] < 1]
+    for row in broken:
+        print(f"{row['family']}, {row['case']}: {row['name']}: {row['reason']}", file=sys.stderr)
+    return 1 if broken or wrong else 0
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: expected cpu, or cuda where torch can use a GPU, got 'cuda' where it cannot")
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+def _write(path: str | None, document: dict) -> None:
+    """After every family: minutes are not lost to a later one."""
+    if path:
+        part = Path(f"{path}.part")
+        part.write_text(to_json(document))
+        part.replace(path)
 
 
 def to_json(document: dict) -> str:
@@ -102,6 +138,7 @@ def _read(path: str, families: list[str]) -> dict:
 def command(options: argparse.Namespace) -> str:
     """What to type for this run again, without where it went."""
     words = ["edlm bench ops", *(f"--family {family}" for family in dict.fromkeys(options.family or []))]
+    words += [] if options.device == "cpu" else [f"--device {options.device}"]
     words += [] if options.effort == "quick" else [f"--{options.effort}"]
     words += [f"--repetitions {options.repetitions}"] if options.repetitions is not None else []
     words += [f"--seed {options.seed}"] if options.seed else []

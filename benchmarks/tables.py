@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .claims import MEGABYTE, Verdict, verdicts
+from .claims import MEGABYTE, Verdict, judge
 
 
 def _time(ms: float) -> str:
@@ -39,10 +39,14 @@ def console(rows: list[dict]) -> str:
         median, low, high = (_time(scale * row[key]) for key in ("median", "low", "high"))
         moved = f"{row['bytes'] / MEGABYTE:>8.2f} MB{row['gb_per_s']:>8.2f} GB/s"
         ratios = _times(row["over_amax"], 9) + _times(row["over_exp_sum"], 9)
+        ratios += "" if row.get("of_copy") is None else f"{100 * row['of_copy']:>7.1f} %"
         note = f"  {row['note']}" if row["note"] else ""
+        # An event between two launches waits for the host where the host is not ahead: such a time is not the device's alone.
+        note += "  host-bound" if row.get("queued") is not None and row["queued"] < 0.5 else ""
         lines.append(f"  {row['name']:<44}{median:>8} {unit} [{low}, {high}]".ljust(76) + moved + ratios + note)
     if first.get("over_amax") is not None:
         heads = f"{'x amax':>9}" + (f"{'x exp':>9}" if first["over_exp_sum"] is not None else "")
+        heads += f"{'of copy':>9}" if first.get("of_copy") is not None else ""
         lines[0] = lines[0].ljust(77 + 11 + 13) + heads  # the first line starts with a line feed
     return "\n".join(lines)
 
@@ -66,12 +70,15 @@ def _pivot(rows: list[dict]) -> list[str]:
                 text += f" ({(row['extra_bytes'] - row['gradient_bytes']) / MEGABYTE:.0f})"
         else:
             text = _time(scale * row["median"])
-            text += f" ({_ratio(row['over_amax'])})" if row["over_amax"] is not None and row["name"] != "amax" else ""
+            ratios = [_ratio(row["over_amax"])] if row["over_amax"] is not None and row["name"] != "amax" else []
+            ratios += [] if row.get("of_copy") is None else [f"{100 * row['of_copy']:.0f} %"]
+            text += f" ({'; '.join(ratios)})" if ratios else ""
             text += " *" if row["note"] else ""
             scaled = scaled or bool(row["note"])
         cells[row["case"], row["dtype"], row["name"]] = text
-    if any(r.get("over_amax") is not None for r in rows):
-        unit += " (times amax)"
+    shown = ["times amax"] if any(r.get("over_amax") is not None for r in rows) else []
+    shown += ["of a copy's bandwidth"] if any(r.get("of_copy") is not None for r in rows) else []
+    unit += f" ({'; '.join(shown)})" if shown else ""
     labels = [case.partition(": ")[2] + (f", {dtype}" if dtype else "") for case, dtype in cases]
     corner = f"{kind}: {unit}"
     if len(cases) > len(names):
@@ -125,8 +132,9 @@ def machine_line(document: dict) -> str:
     commit = f"commit {document['commit'][:12]}" if document["commit"] else "not a checkout"
     commit += " with changes" if document["changed"] else ""
     references = f" **References, not kernels: {', '.join(run)}.**" if run else ""
+    gpu = _gpu(m["gpu"]) if "gpu" in m else ""
     return (
-        f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['isa']}, {caches or 'caches unknown'}, "
+        f"{gpu}{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['isa']}, {caches or 'caches unknown'}, "
         f"huge pages {m['transparent_huge_pages']}; torch {versions['torch']}, edlm {versions['edlm']} "
         f"({commit}). Medians of interleaved rounds; made by `{document['command']}`.{references}"
         + (
@@ -137,8 +145,30 @@ def machine_line(document: dict) -> str:
     )
 
 
+def _gpu(gpu: dict) -> str:
+    clocks = ", ".join(f"{key} {value}" for key, value in gpu["clocks"].items())
+    return (
+        f"{gpu['name']} (capability {gpu['capability']}, {gpu['memory_bytes'] >> 20} MiB, L2 {gpu['l2_bytes'] >> 20} MiB, driver "
+        f"{gpu['driver']}, CUDA {gpu['cuda']}; after the last family: {clocks or 'clocks unknown'}); "
+    )
+
+
+def _missing(document: dict, families: Sequence[str]) -> list[str]:
+    """A line for each reason that something was not timed."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in document.get("missing", []):
+        if row["family"] in families:
+            reasons.setdefault((row["name"], row["reason"]), []).append(
+                row["case"] + (f", {row['dtype']}" if row["dtype"] else "")
+            )
+    return [
+        f"Not timed: {name}: {reason} ({'; '.join(cases) if len(cases) < 4 else f'{len(cases)} cases'})."
+        for (name, reason), cases in reasons.items()
+    ]
+
+
 def markdown(document: dict, families: Sequence[str]) -> str:
     """Tables, verdict and machine, of the families that the document has."""
     there = [f for f in families if any(row["family"] == f for row in document["results"])]
     blocks = [family_tables(document, family) for family in there]
-    return "\n\n".join([*blocks, verdict_table(verdicts(document["results"], there)), machine_line(document)])
+    return "\n\n".join([*blocks, verdict_table(judge(document, there)), *_missing(document, there), machine_line(document)])

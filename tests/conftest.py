@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
-from emulated import builder
+from emulated import EmulatedOps, builder
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), "cuda-emulated"]
 
 
 @pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> torch.device:
-    return torch.device(request.param)
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """A device that torch has here; or the CPU while the CUDA kernels run on the emulator. Its tests skip where that cannot be built."""
+    if request.param != "cuda-emulated":
+        yield torch.device(request.param)
+        return
+    with request.getfixturevalue("emulated_ops").installed():
+        yield torch.device("cpu")
+
+
+@pytest.fixture
+def is_emulated(request: pytest.FixtureRequest) -> bool:
+    """Whether the present ``device`` is the emulator, on which a draw takes microseconds: tests of many draws make do with fewer."""
+    return request.node.callspec.params.get("device") == "cuda-emulated"
 
 
 @pytest.fixture(autouse=True)
@@ -24,3 +37,8 @@ def _seeded() -> None:
 def build_emulated(tmp_path_factory: pytest.TempPathFactory):
     """Compiles CUDA sources against the emulator: see ``emulated.builder``."""
     return builder(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture(scope="session")
+def emulated_ops(build_emulated) -> EmulatedOps:
+    return EmulatedOps(build_emulated)

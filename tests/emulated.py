@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 
-EMULATOR = Path(__file__).parent / "cuda_emulator"
+ROOT = Path(__file__).parent.parent
+EMULATOR = ROOT / "tests" / "cuda_emulator"
+KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+BINDINGS = [ROOT / "csrc" / f"{kernel.stem}.cpp" for kernel in KERNELS if (ROOT / "csrc" / f"{kernel.stem}.cpp").is_file()]
 
 
 def toolkit_include() -> Path | None:
@@ -45,10 +51,11 @@ def builder(folder: Path):
         pytest.skip("the emulator switches stacks on x86-64 only")
     if include is None:
         pytest.skip("the CUDA toolkit's headers (cuda_bf16.h) were not found: set CUDA_HOME")
-    flags = ["-std=c++20", "-g", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Werror", f"-I{EMULATOR}", f"-isystem{include}"]
+    flags = ["-std=c++20", "-g", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{EMULATOR}", f"-isystem{include}"]
+    flags += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
 
     def compile_(source: Path, prefix: str, *more: str) -> str:
-        output = str(folder / f"{prefix}-{source.stem}.o")
+        output = str(folder / f"{prefix}-{source.name}.o")
         subprocess.run([compiler, *flags, *more, "-c", str(source), "-o", output], check=True)
         return output
 
@@ -65,16 +72,63 @@ def builder(folder: Path):
         *,
         shared: bool = True,
         sanitize: Literal["address", "thread"] | None = None,
+        more: tuple[str, ...] = (),
+        libraries: tuple[str, ...] = (),
     ) -> Path:
         checks = CHECKS[sanitize]
         as_kernel = ["-include", str(EMULATOR / "emulator.h"), "-x", "c++"]
         objects = [compile_(kernel, output, "-O1", *checks, *as_kernel) for kernel in kernels]
-        objects += [compile_(source, output, "-O1", *checks) for source in sources]
+        objects += [compile_(source, output, "-O1", *checks, *more) for source in sources]
         link = [compiler, "-pthread", *checks, *(["-shared"] if shared else [])]
-        subprocess.run([*link, *objects, *scheduler(sanitize), "-o", str(folder / output)], check=True)
+        subprocess.run([*link, *objects, *scheduler(sanitize), *libraries, "-o", str(folder / output)], check=True)
         return folder / output
 
     return build
+
+
+class EmulatedOps:
+    """The kernels of csrc/cuda and their bindings, on the emulator: ``torch.ops.edlm_emulated``, for tensors of the CPU.
+
+    The bindings are those of the package, compiled a third time: they check, allocate, and call the launchers that a GPU's bindings call.
+    """
+
+    def __init__(self, build) -> None:
+        import ctypes
+
+        import edlm.ops
+
+        root = Path(torch.__file__).parent
+        target = ("-DTORCH_TARGET_VERSION=0x020b000000000000", "-DEDLM_CUDA", "-DEDLM_EMULATED", "-fvisibility=hidden")
+        path = build(
+            KERNELS,
+            "emulated_ops.so",
+            tuple(BINDINGS),
+            more=(*target, f"-isystem{root / 'include'}"),
+            libraries=(f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu"),
+        )
+        self.names = [name for name in edlm.ops.backends() if name not in ("linear_log_probs", "linear_log_probs_backward")]
+        self.schemas = torch.library.Library("edlm_emulated", "DEF")
+        for name in self.names:
+            self.schemas.define(str(getattr(torch.ops.edlm, name).default._schema).removeprefix("edlm::"))
+        torch.ops.load_library(path)
+        self.library = ctypes.CDLL(str(path))
+        self.library.emulator_schedule.argtypes = [ctypes.c_int, ctypes.c_uint64]
+        self.library.emulator_error.restype = ctypes.c_char_p
+
+    def schedule(self, order: int, seed: int = 1) -> None:
+        """How threads take turns: 0 forward, 1 reverse, 2 random."""
+        self.library.emulator_schedule(order, seed)
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Inside, the ops of ``edlm`` run these kernels for tensors of the CPU."""
+        override = torch.library.Library("edlm", "IMPL")
+        try:
+            for name in self.names:
+                override.impl(name, getattr(torch.ops.edlm_emulated, name).default, "CPU")
+            yield
+        finally:
+            override._destroy()
 
 
 def run_sanitized(program: Path, *arguments: str) -> subprocess.CompletedProcess:

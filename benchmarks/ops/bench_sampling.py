@@ -2,7 +2,7 @@
 
 Rows of logits stand for the masked rows of a decode step. Beside the floors: what is written by hand (log_softmax, multinomial with
 replacement, gather), the same compiled, and what research code runs: K argmaxes over a vocabulary of Gumbel noise, in float32 and
-in float64. python benchmarks/ops/bench_sampling.py --help
+in float64. What a GPU is asked lies in cuda_sampling.py. python benchmarks/ops/bench_sampling.py --help
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ if not __package__:  # run as a script: the checkout it lies in is the package t
 
 from edlm.ops import sample_candidates, sample_categorical
 
-from ..harness import Session, Variant, compiled
+from ..claims import HAND, HAND_COMPILED
+from ..harness import Variant, compiled
+from ..session import Session
 
 OPS = ("sample_candidates", "sample_categorical")
 KS = (1, 8, 16)
@@ -31,6 +33,7 @@ FILTERS = {
     "min_p 0.05": {"min_p": 0.05},
 }
 LARGEST = 256 * 151936 * 4  # bytes of the largest input
+LARGEST_CUDA = 8192 * 151936 * 4
 
 
 def by_hand(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,18 +53,24 @@ def moved(n: int, v: int, k: int, dtype: torch.dtype) -> int:
     return n * v * dtype.itemsize + 12 * n * k
 
 
-def candidates(fresh: Callable, n: int, v: int, k: int, dtype: torch.dtype, name: str = "", **options: object) -> Variant:
-    xt = torch.full((1, n), v - 1)
-    return Variant(
-        name or f"sample_candidates, K = {k}",
-        lambda i: sample_candidates(fresh(i).unsqueeze(0), xt, v - 1, k, seed=i, **options),
-        moved(n, v, k, dtype),
-        k,
-    )
+def candidates(
+    session: Session, fresh: Callable, n: int, v: int, k: int, dtype: torch.dtype, name: str = "", **options: object
+) -> Variant:
+    xt, offset = torch.full((1, n), v - 1, device=session.device), session.offset
+
+    def call(i: int) -> object:
+        return sample_candidates(fresh(i).unsqueeze(0), xt, v - 1, k, seed=session.seed(i, 1), offset=offset, **options)
+
+    return Variant(name or f"sample_candidates, K = {k}", call, moved(n, v, k, dtype), k)
 
 
-def categorical(fresh: Callable, n: int, v: int, k: int, dtype: torch.dtype) -> Variant:
-    return Variant(f"sample_categorical, K = {k}", lambda i: sample_categorical(fresh(i), k, seed=i), moved(n, v, k, dtype), k)
+def categorical(session: Session, fresh: Callable, n: int, v: int, k: int, dtype: torch.dtype) -> Variant:
+    position, offset = session.positions(n), session.offset
+
+    def call(i: int) -> object:
+        return sample_categorical(fresh(i), k, position=position, seed=session.seed(i, n), offset=offset)
+
+    return Variant(f"sample_categorical, K = {k}", call, moved(n, v, k, dtype), k)
 
 
 def case(session: Session, label: str, n: int, v: int, dtype: torch.dtype, *, hand: bool, noise: bool) -> None:
@@ -69,14 +78,14 @@ def case(session: Session, label: str, n: int, v: int, dtype: torch.dtype, *, ha
     fresh = session.inputs.fresh(n, v, dtype)
     variants = session.floors(fresh)
     for k in KS:
-        variants += [candidates(fresh, n, v, k, dtype), categorical(fresh, n, v, k, dtype)]
+        variants += [candidates(session, fresh, n, v, k, dtype), categorical(session, fresh, n, v, k, dtype)]
     size = moved(n, v, 8, dtype)
     if hand:
-        variants.append(Variant("log_softmax + multinomial + gather, K = 8", lambda i: by_hand(fresh(i), 8), size, 8))
+        variants.append(Variant(HAND, lambda i: by_hand(fresh(i), 8), size, 8))
         if session.inductor:
             fast = compiled(by_hand)
             fast(fresh(0), 8)
-            variants.append(Variant("the same compiled, K = 8", lambda i: fast(fresh(i), 8), size, 8))
+            variants.append(Variant(HAND_COMPILED, lambda i: fast(fresh(i), 8), size, 8))
     apart = []
     if noise:
         for kind in (torch.float32, torch.float64):
@@ -88,31 +97,32 @@ def case(session: Session, label: str, n: int, v: int, dtype: torch.dtype, *, ha
     session.measure(f"{label}: {n} x {v}", variants, n=n, v=v, dtype=dtype, apart=apart)
 
 
-def filters(session: Session, n: int, v: int) -> None:
-    fresh = session.inputs.fresh(n, v, torch.float32)
-    variants = [*session.floors(fresh), candidates(fresh, n, v, 8, torch.float32)]
+def filters(session: Session, n: int, v: int, dtype: torch.dtype = torch.float32) -> None:
+    fresh = session.inputs.fresh(n, v, dtype)
+    variants = [*session.floors(fresh, inductor=not session.cuda), candidates(session, fresh, n, v, 8, dtype)]
     for name, options in FILTERS.items():
-        variants.append(candidates(fresh, n, v, 8, torch.float32, f"sample_candidates, K = 8, {name}", **options))
-    session.measure(f"temperature and filters: {n} x {v}", variants, n=n, v=v, dtype=torch.float32)
+        variants.append(candidates(session, fresh, n, v, 8, dtype, f"sample_candidates, K = 8, {name}", **options))
+    calls = session.calls(moved(n, v, 8, dtype))
+    session.measure(f"temperature and filters: {n} x {v}", variants, n=n, v=v, dtype=dtype, inner=calls)
 
 
-def masked(session: Session, length: int, v: int) -> None:
+def masked(session: Session, length: int, v: int, dtype: torch.dtype = torch.float32) -> None:
     """Clean rows are not read: the cost should follow the masked ones."""
-    fresh = session.inputs.fresh(length, v, torch.float32)
+    fresh, offset = session.inputs.fresh(length, v, dtype), session.offset
     variants = []
     for percent in (10, 50, 100):
         n = max(1, length * percent // 100)
         xt = torch.zeros(1, length, dtype=torch.int64)
         xt[0, torch.randperm(length, generator=session.inputs.generator)[:n]] = v - 1
-        variants.append(
-            Variant(
-                f"sample_candidates, K = 8, {percent} % masked",
-                lambda i, xt=xt: sample_candidates(fresh(i).unsqueeze(0), xt, v - 1, 8, seed=i),
-                moved(n, v, 8, torch.float32) + 12 * 8 * (length - n),
-                8,
-            )
-        )
-    session.measure(f"rows that are masked: {length} x {v}", variants, n=length, v=v, dtype=torch.float32)
+        xt = xt.to(session.device)
+
+        def call(i: int, xt: torch.Tensor = xt) -> object:
+            return sample_candidates(fresh(i).unsqueeze(0), xt, v - 1, 8, seed=session.seed(i, 1), offset=offset)
+
+        size = moved(n, v, 8, dtype) + 12 * 8 * (length - n)
+        variants.append(Variant(f"sample_candidates, K = 8, {percent} % masked", call, size, 8))
+    calls = session.calls(moved(length, v, 8, dtype))
+    session.measure(f"rows that are masked: {length} x {v}", variants, n=length, v=v, dtype=dtype, inner=calls)
 
 
 def threads(session: Session, v: int) -> None:
@@ -146,6 +156,11 @@ def threads(session: Session, v: int) -> None:
 
 
 def run(session: Session) -> None:
+    if session.cuda:
+        from . import cuda_sampling
+
+        cuda_sampling.run(session)
+        return
     if session.smoke:
         for dtype in (torch.float32, torch.bfloat16):
             case(session, "decode step", 8, 501, dtype, hand=True, noise=dtype == torch.float32)

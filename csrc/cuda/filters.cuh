@@ -226,8 +226,9 @@ __device__ void filter_row(const SampleArgs& args, Row<T>* row, TileMass* tiles,
   __syncthreads();
   const unsigned shift = row->run.shift();
   for (int t = warp_of(); t < n; t += kWarps) {
-    if (tiles[t].max < row->cut) {  // nothing of it stays
-      __syncwarp();
+    const bool stays = tiles[t].max >= row->cut;
+    __syncwarp();  // all lanes have looked, before one writes
+    if (!stays) {
       if (lane_of() < kBlocksPerTile) tiles[t].block[lane_of()] = 0;
       if (lane_of() == 0) tiles[t].max = kMinusInf;
       continue;

@@ -14,7 +14,7 @@ const char* name_of(WarpOp op) {
 
 // Which of them ThreadSanitizer is to take for an order of what the lanes did to memory. All make lanes wait for each other; CUDA
 // promises more than that of __syncwarp alone.
-constexpr bool orders_memory(WarpOp) { return true; }
+constexpr bool orders_memory(WarpOp op) { return op == WarpOp::kSync; }
 
 int lowest(unsigned lanes) { return __builtin_ctz(lanes); }
 
