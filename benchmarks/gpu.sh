@@ -84,6 +84,10 @@ step build "$BUILD_S" "$out/build.log" '' \
   "$PYTHON" -m pip install --disable-pip-version-check --no-index --no-build-isolation --no-deps --upgrade --target "$site" -v . \
   -C cmake.define.EDLM_CUDA=ON -C "cmake.define.CMAKE_CUDA_ARCHITECTURES=$ARCH"
 
+# An editable installation comes before any path: what follows would try another build.
+found=$("$PYTHON" -c 'import importlib.util as u; print(u.find_spec("edlm").submodule_search_locations[0])' 2>/dev/null)
+[[ $found == "$site/edlm" ]] || record import failed 0 "$PYTHON finds edlm at ${found:-no place}, not at $site/edlm"
+
 step check "$CHECK_S" "$out/check.log" '' "$PYTHON" -m edlm.benchmarks.gpu_check
 
 # shellcheck disable=SC2086  # BENCH is a list of options

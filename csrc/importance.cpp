@@ -51,7 +51,7 @@ Streams streams_of(const char* op, const Tensor& seed, const Tensor& offset, int
 #if defined(EDLM_CUDA)
 
 void run(const char* op, const SelectArgs& args, int64_t batch, const Tensor& like, int64_t* invalid) {
-  check_grid(op, batch, 1);
+  check_grid(op, batch, args.candidates);
   const OnDevice here(op, like);
   here.check(edlm_cuda_select(&args, batch, invalid, here.stream()));
 }

@@ -28,6 +28,7 @@ LogProbArgs arguments(const char* op, const Tensor& logits, const Tensor& tokens
   args.batch = logits.size(0);
   args.length = logits.size(1);
   args.vocab = logits.size(2);
+  check_grid(op, args.batch * args.length, args.vocab);
   args.stride_b = logits.stride(0);
   args.stride_l = logits.stride(1);
   check(op, "tokens", tokens, ScalarType::Long, {args.batch, args.length, -1});
@@ -43,20 +44,17 @@ LogProbArgs arguments(const char* op, const Tensor& logits, const Tensor& tokens
 #if defined(EDLM_CUDA)
 
 void gather_rows(const char* op, const LogProbArgs& args, const Tensor& logits, int64_t* invalid) {
-  check_grid(op, args.batch * args.length, args.vocab);
   const OnDevice here(op, logits);
   Tensor scratch = scratch_for(logits, edlm_cuda_gather_scratch(&args));
   here.check(edlm_cuda_gather(&args, scratch.mutable_data_ptr(), invalid, here.stream()));
 }
 
 void fold_rows(const char* op, const LogProbArgs& args, const Tensor& chunk) {
-  check_grid(op, args.batch, args.vocab);
   const OnDevice here(op, chunk);
   here.check(edlm_cuda_fold(&args, here.stream()));
 }
 
 void backward_rows(const char* op, const LogProbArgs& args, const Tensor& logits) {
-  check_grid(op, args.batch * args.length, args.vocab);
   const OnDevice here(op, logits);
   here.check(edlm_cuda_backward(&args, here.stream()));
 }
@@ -136,6 +134,7 @@ LogProbArgs chunk_arguments(const char* op, const Tensor& chunk, const Tensor& t
   LogProbArgs args{};
   args.logits = chunk.const_data_ptr();
   args.batch = chunk.size(0);
+  check_grid(op, args.batch, chunk.size(1));
   args.length = 1;
   args.vocab = args.stride_b = chunk.size(1);
   args.tokens = static_cast<const int64_t*>(tokens.const_data_ptr());

@@ -61,6 +61,7 @@ SampleArgs arguments(const char* op, const Tensor& logits, const Proposal& how, 
   args.dtype = check_logits(op, logits);
   args.logits = logits.const_data_ptr();
   args.vocab = logits.size(logits.dim() - 1);
+  check_grid(op, logits.numel() / args.vocab, args.vocab);
   args.seed = static_cast<const int64_t*>(seed.const_data_ptr());
   args.offset = static_cast<const int64_t*>(offset.const_data_ptr());
   args.offset_stride = offset.numel() == 1 ? 0 : 1;
@@ -88,7 +89,6 @@ Outputs allocate(SampleArgs* args, const Tensor& like, const std::vector<int64_t
 
 // Rows are looked at on the device: which of them are drawn is nothing that the host waits for.
 Result run(const char* op, const SampleArgs& args, const Tensor& logits, Outputs out) {
-  check_grid(op, args.batch * args.length, args.vocab);
   const OnDevice here(op, logits);
   Tensor scratch = scratch_for(logits, edlm_cuda_sample_scratch(&args));
   here.check(edlm_cuda_sample(&args, scratch.mutable_data_ptr(), static_cast<int64_t*>(out.invalid.mutable_data_ptr()), here.stream()));

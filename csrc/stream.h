@@ -66,14 +66,20 @@ inline Tensor scratch_for(const Tensor& like, size_t bytes) {
   return torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
 }
 
-// A block is a row, or a part of one; a column is an int.
-inline void check_grid(const char* op, int64_t rows, int64_t columns) {
-  const int64_t most = 0x7FFFFFFF;
-  if (rows > most || columns > most - 1024)
-    fail(op, ": expected at most 2^31 - 1 rows, and a vocabulary below 2^31 - 1024, on a GPU, got ", rows, " rows of ", columns,
-         "; call it with parts of the rows");
-}
-
 }  // namespace edlm
 
 #endif
+
+namespace edlm {
+
+// What a grid of blocks, and columns that are counted by an int, can do. CPUs know no such limits.
+inline void check_grid([[maybe_unused]] const char* op, [[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t columns) {
+#if defined(EDLM_CUDA)
+  const int64_t most = 0x7FFFFFFF;
+  if (rows > most || columns > most - 1024)
+    fail(op, ": expected at most 2^31 - 1 rows of at most 2^31 - 1025 columns on a GPU, got ", rows, " rows of ", columns,
+         "; call it with fewer rows at a time");
+#endif
+}
+
+}  // namespace edlm

@@ -13,7 +13,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), "cuda-emulat
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """A device that torch has here; or the CPU while the CUDA kernels run on the emulator. Its tests skip where that cannot be built."""
+    """A device that torch has here; or the CPU while the CUDA kernels run on the emulator (skipped where that cannot be built)."""
     if request.param != "cuda-emulated":
         yield torch.device(request.param)
         return

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import shutil
 import subprocess
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -51,7 +53,18 @@ def builder(folder: Path):
         pytest.skip("the emulator switches stacks on x86-64 only")
     if include is None:
         pytest.skip("the CUDA toolkit's headers (cuda_bf16.h) were not found: set CUDA_HOME")
-    flags = ["-std=c++20", "-g", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{EMULATOR}", f"-isystem{include}"]
+    flags = [
+        "-std=c++20",
+        "-g",
+        "-fPIC",
+        "-pthread",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+        f"-I{EMULATOR}",
+        f"-isystem{include}",
+    ]
     flags += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
 
     def compile_(source: Path, prefix: str, *more: str) -> str:
@@ -89,12 +102,10 @@ def builder(folder: Path):
 class EmulatedOps:
     """The kernels of csrc/cuda and their bindings, on the emulator: ``torch.ops.edlm_emulated``, for tensors of the CPU.
 
-    The bindings are those of the package, compiled a third time: they check, allocate, and call the launchers that a GPU's bindings call.
+    The bindings are those of the package, compiled a third time: they check, allocate, and call the launchers as a GPU's do.
     """
 
     def __init__(self, build) -> None:
-        import ctypes
-
         import edlm.ops
 
         root = Path(torch.__file__).parent
@@ -124,8 +135,10 @@ class EmulatedOps:
         """Inside, the ops of ``edlm`` run these kernels for tensors of the CPU."""
         override = torch.library.Library("edlm", "IMPL")
         try:
-            for name in self.names:
-                override.impl(name, getattr(torch.ops.edlm_emulated, name).default, "CPU")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Warning only once for all operators")
+                for name in self.names:
+                    override.impl(name, getattr(torch.ops.edlm_emulated, name).default, "CPU")
             yield
         finally:
             override._destroy()

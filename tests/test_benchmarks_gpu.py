@@ -249,6 +249,7 @@ case "$*" in
   *get_device_capability*) echo 90 ;;
   *"bench ops"*) echo Verdict; exit 3 ;;
   *"-m pytest"*) sleep 60 ;;
+  *find_spec*) echo "${{PYTHONPATH%%:*}}${{ELSEWHERE-/edlm}}" ;;
 esac
 """
     )
@@ -272,6 +273,9 @@ esac
     assert summary["gpu"] == "NVIDIA X 80GB" and summary["versions"]["torch"] == torch.__version__
     assert "CMAKE_CUDA_ARCHITECTURES=90" in (tmp_path / "out" / "build.log").read_text()
     assert "| bench | failed |" in (tmp_path / "out" / "summary.md").read_text()
+    settings |= {"STEPS": "build", "ELSEWHERE": "/old/edlm"}
+    done = subprocess.run([script], env=os.environ | settings, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "gpu-site/old/edlm, not at" in done.stdout
     settings |= {"PYTHON": "false"}
     assert subprocess.run([script], env=os.environ | settings, capture_output=True, check=False).returncode == 2
 

@@ -237,7 +237,7 @@ __device__ void filter_row(const SampleArgs& args, Row<T>* row, TileMass* tiles,
     float x[kLaneColumns];
     flight.fetch(*row, t, shift);
     flight.get(*row, t, shift, x);
-    measure_tile<T, false>(x, static_cast<float>(softmax.inverse * 1.4426950408889634), tiles + t);
+    measure_tile<T, false>(x, static_cast<float>(softmax.inverse * kLog2EInDouble), tiles + t);
   }
   __syncthreads();
 }

@@ -260,10 +260,10 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 __global__ void __launch_bounds__(kThreads) reverse(const __grid_constant__ ReverseArgs args, int64_t batch, int64_t* invalid) {
   const int64_t at = blockIdx.x * int64_t{kThreads} + threadIdx.x;
+  if (at < batch && (args.index[at * args.index_stride] < 0 || args.index[at * args.index_stride] >= args.candidates)) report(invalid, at);
   if (at >= batch * args.length) return;
   const int64_t b = at / args.length, l = at - b * args.length;
   int64_t k = args.index[b * args.index_stride];
-  if (l == 0 && (k < 0 || k >= args.candidates)) report(invalid, b);
   k = k < 0 ? 0 : k < args.candidates ? k : args.candidates - 1;
   const T time = static_cast<const T*>(args.open_time)[b * args.open_stride_b + l * args.open_stride_l];
   const bool opens = time >= static_cast<const T*>(args.s)[b * args.s_stride];
@@ -298,9 +298,9 @@ extern "C" int edlm_cuda_resample(const ResampleArgs* args, void* scratch, int64
 extern "C" int edlm_cuda_reverse(const ReverseArgs* args, int64_t batch, int64_t* invalid, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   const cudaError_t error = clear_report(invalid, on);
-  if (error != cudaSuccess || batch * args->length == 0) return error;
+  if (error != cudaSuccess || batch == 0) return error;
   const auto reverse_kernel = args->is_double ? reverse<double> : reverse<float>;
-  LAUNCH(reverse_kernel, grid_for(blocks_of(batch * args->length, kThreads)), dim3(kThreads), 0, on, *args, batch, invalid);
+  LAUNCH(reverse_kernel, grid_for(blocks_of(batch * (args->length > 0 ? args->length : 1), kThreads)), dim3(kThreads), 0, on, *args, batch, invalid);
   return cudaGetLastError();
 }
 

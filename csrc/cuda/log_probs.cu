@@ -13,7 +13,7 @@ __device__ Row<T> row_of(const LogProbArgs& args, int64_t r) {
 }
 
 __device__ float scale_of(const LogProbArgs& args) {
-  return static_cast<float>(inverse_temperature(args.temperature) * 1.4426950408889634);
+  return static_cast<float>(inverse_temperature(args.temperature) * kLog2EInDouble);
 }
 
 // log_probs and stats of a row; NaN where it holds NaN or +inf, or nothing finite.

@@ -94,7 +94,7 @@ struct Column {
 //
 // Where rounding points at what has no mass, its neighbour that has is taken: an id is never one that cannot be.
 template <class T>
-__device__ Column draw_column(const Row<T>& row, const TileMass* tiles, int n, double total, float scale, const Uniforms& u) {
+__device__ Column draw_column(const Row<T>& row, const TileMass* tiles, int n, double total, double scale, const Uniforms& u) {
   int t = static_cast<int>(upper_bound(n, u.first * total, [&](int64_t i) { return tiles[i].sum; }));
   t = t < n ? t : n - 1;
   while (t > 0 && tiles[t].max == kMinusInf) --t;
@@ -116,7 +116,8 @@ __device__ Column draw_column(const Row<T>& row, const TileMass* tiles, int n, d
   // Two neighbouring columns a lane.
   const int first = t * kTile + block * kBlock + 2 * lane_of();
   const float x[2] = {row.at(first), row.at(first + 1)};
-  const double e[2] = {static_cast<double>(exp2f((x[0] - tile.max) * scale)), static_cast<double>(exp2f((x[1] - tile.max) * scale))};
+  const double e[2] = {exp2_careful((x[0] - static_cast<double>(tile.max)) * scale),
+                       exp2_careful((x[1] - static_cast<double>(tile.max)) * scale)};
   const double prefix = warp_scan(e[0] + e[1]);
   const double wanted = share * __shfl_sync(kAllLanes, prefix, kLanes - 1);
   const unsigned finite = __ballot_sync(kAllLanes, x[0] > kMinusInf || x[1] > kMinusInf);
@@ -152,10 +153,9 @@ __device__ void finish_row(const SampleArgs& args, int64_t r, TileMass* tiles, B
     return;
   }
   const double log_total = log(sum.total);
-  const float scale = static_cast<float>(inverse * 1.4426950408889634);
 #pragma unroll 1
   for (int64_t k = warp_of(); k < args.num_samples; k += kWarps) {
-    const Column column = draw_column(row, tiles, n, sum.total, scale, uniforms_of(args, at, k));
+    const Column column = draw_column(row, tiles, n, sum.total, inverse * kLog2EInDouble, uniforms_of(args, at, k));
     const double d = static_cast<double>(column.logit) - sum.max;
     if (lane_of() == 0) write(args, at, k, column.id, bounded(d * inverse - log_total), bounded(d - log_model_total));
   }
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, kMode == Mode::kFiltered ? 2 : 4)
   DYN_SHARED(TileMass, in_shared);
   __shared__ Board board;
   const int n = static_cast<int>(num_tiles(args.vocab));
-  const float scale = static_cast<float>(inverse_temperature(args.temperature) * 1.4426950408889634);
+  const float scale = static_cast<float>(inverse_temperature(args.temperature) * kLog2EInDouble);
   if (phase == Phase::kMeasure && blockIdx.x == 0 && threadIdx.x == 0) *invalid = -1;
   const int64_t r = static_cast<int64_t>(blockIdx.x) / parts;
   const Index at = index_of(args, r);
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, 4) sample_small(const __grid_constan
   double* prefix = shared + team * stride;
   float* x = reinterpret_cast<float*>(shared + kTeams * stride) + team * stride;
   const double inverse = inverse_temperature(args.temperature);
-  const float scale = static_cast<float>(inverse * 1.4426950408889634);
+  const double scale = inverse * kLog2EInDouble;
   const int64_t rows = args.batch * args.length;
   // All threads of a block stay together, whether they have a row or not.
   const int64_t first = blockIdx.x * int64_t{kTeams};
@@ -222,9 +222,10 @@ __global__ void __launch_bounds__(kThreads, 4) sample_small(const __grid_constan
   const float reference = max == kMinusInf ? 0.0f : max;
   double mass = 0, model = 0;
   for (int c = begin; c < end; ++c) {
-    mass += exp2_fast((x[c] - reference) * scale);
+    const double d = static_cast<double>(x[c]) - reference;
+    mass += exp2_careful(d * scale);
     prefix[c] = mass;
-    if (args.model_log_probs) model += exp2_fast((x[c] - reference) * kLog2E);
+    if (args.model_log_probs) model += exp2_careful(d * kLog2EInDouble);
   }
   const double inclusive = warp_scan(mass, kTeam), before = inclusive - mass;
   const double total = __shfl_sync(kAllLanes, inclusive, kTeam - 1, kTeam);

@@ -52,7 +52,14 @@ __device__ inline float exp2_fast(float x) {
 #endif
 }
 
+// The same where a column is decided: x is not rounded to a float first, and costs a few operations more.
+__device__ inline float exp2_careful(double x) {
+  const float high = static_cast<float>(x), low = static_cast<float>(x - high);
+  return x < -150 ? 0.0f : exp2f(high) * (1.0f + 0.693147181f * low);
+}
+
 constexpr float kLog2E = 1.44269504f;
+constexpr double kLog2EInDouble = 1.4426950408889634;
 
 // A lane's share of a tile: kLaneColumns columns, in chunks of sixteen bytes. A chunk of the warp is 32 * kVec neighbouring columns, so
 // that its loads are; a block of 64 columns is in kBlockLanes neighbouring lanes.

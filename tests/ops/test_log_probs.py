@@ -133,11 +133,12 @@ def test_chunks_change_nothing_but_rounding(dtype, monkeypatch, device):
         return out.detach(), *(x.grad.float() for x in inputs), gather_log_probs(logits, tokens)
 
     whole = everything()
-    assert linear._chunk_shape(29, 1300) == (29, 1300)
+    assert linear._chunk_shape(29, 1300, device) == (29, 1300)
     for module in (linear, log_probs):
         monkeypatch.setattr(module, "_CHUNK_BYTES", 4 * 7 * 512)
+    monkeypatch.setattr(linear, "_CHUNK_BYTES_ON_CUDA", 4 * 7 * 512)
     monkeypatch.setattr(linear, "_CHUNK_ROWS", 7)
-    assert linear._chunk_shape(29, 1300) == (7, 512)
+    assert linear._chunk_shape(29, 1300, device) == (7, 512)
     for chunked, one in zip(everything(), whole, strict=True):
         torch.testing.assert_close(chunked, one, atol=2e-5 if dtype == torch.float32 else 0.05, rtol=0)
 

@@ -1,6 +1,6 @@
 """Fused primitives of the decode loop. Each has a schema, a fake and a pure-torch reference here, and kernels in csrc/."""
 
-from ._library import backends
+from ._library import Reports, backends, deferred_checks
 from ._philox import Purpose, philox_uniform
 from .importance import Selection, resample, reverse_step, select_candidate
 from .linear import linear_log_probs
@@ -10,8 +10,10 @@ from .sampling import Candidates, sample_candidates, sample_categorical
 __all__ = [
     "Candidates",
     "Purpose",
+    "Reports",
     "Selection",
     "backends",
+    "deferred_checks",
     "gather_log_probs",
     "linear_log_probs",
     "philox_uniform",

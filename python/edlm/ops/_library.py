@@ -7,9 +7,12 @@ warning; ``backends()`` says which is which.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import functools
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +65,16 @@ def _load() -> dict[str, Path]:
 LOADED = _load()
 
 
+@functools.cache
+def _warn_of_references_on_cuda() -> None:
+    warnings.warn(
+        "edlm: no CUDA kernels were built; the pure-torch references run on the GPU instead (correct, and much slower). Install "
+        "with nvcc on PATH: pip install --no-build-isolation . -C cmake.define.EDLM_CUDA=ON ; `edlm info` tells what is there.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
 def define_op(schema: str, reference: Callable, fake: Callable, made_of: str | None = None) -> Callable:
     """Define ``edlm::<schema>`` with its reference (any device without a kernel of its own) and its fake; return the op.
 
@@ -71,6 +84,8 @@ def define_op(schema: str, reference: Callable, fake: Callable, made_of: str | N
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(*arguments: Any) -> Any:
+        if made_of is None and any(isinstance(x, torch.Tensor) and x.is_cuda for x in arguments):
+            _warn_of_references_on_cuda()
         # Inside an autocast region the reference's own products would be cast to bfloat16: nats over a sequence.
         with torch._C._DisableAutocast():
             return reference(*arguments)
@@ -185,13 +200,71 @@ def check_number(name: str, argument: str, value: float) -> None:
         raise ValueError(f"{name}: {argument}: expected a number, got {type(value).__name__}")
 
 
+class Reports:
+    """What the ops under a ``deferred_checks`` reported, unread: int64 tensors on the device, -1 where all rows were good."""
+
+    def __init__(self) -> None:
+        self._reports: list[tuple[str, torch.Tensor, Callable[[int], str]]] = []
+
+    def add(self, name: str, invalid: torch.Tensor, describe: Callable[[int], str]) -> None:
+        self._reports.append((name, invalid, describe))
+
+    def status(self) -> torch.Tensor:
+        """int64 [n] on the CPU: for each op called so far its code, -1 where its rows were good. Waits for the devices."""
+        return (
+            torch.cat([invalid.cpu() for _, invalid, _ in self._reports]) if self._reports else torch.empty(0, dtype=torch.int64)
+        )
+
+    def check(self) -> None:
+        """Raise the first report, in the order of the calls, as the op itself would have done. Waits for the devices.
+
+        After the replay of a captured graph the reports of its ops are those of that replay.
+        """
+        for code, (name, _, describe) in zip(self.status().tolist(), self._reports, strict=True):
+            if code >= 0:
+                raise ValueError(f"{name}: {describe(code)}")
+
+
+_deferred: contextvars.ContextVar[Reports | None] = contextvars.ContextVar("edlm_deferred_checks", default=None)
+
+
+@contextlib.contextmanager
+def deferred_checks(enabled: bool = True) -> Iterator[Reports]:
+    """Inside, ops do not wait to learn whether rows on the device were valid: their reports are kept, and checked at the end.
+
+    Outside, an op on a GPU waits for its own report, to raise where the fault is. What is bad writes no id that is out of range:
+    token 0 with log-probability NaN, equal weights, a clamped index; so a loop may go on until its end. While a CUDA graph is
+    captured nothing can be waited for: there, an op outside of a ``deferred_checks`` is not checked at all. ``enabled=False``
+    changes nothing.
+
+    Yields:
+        Reports: ``check()`` raises the first report so far, ``status()`` gives all codes.
+
+    Raises:
+        ValueError: at the end, what the first op with a bad row would have raised. Not where the block itself raises.
+    """
+    reports = Reports()
+    token = _deferred.set(reports if enabled else None)
+    try:
+        yield reports
+    finally:
+        _deferred.reset(token)
+    reports.check()
+
+
 def check_invalid(name: str, invalid: torch.Tensor, describe: Callable[[int], str]) -> None:
     """Raise if a kernel reported a bad row: -1 is none. Inside a compiled graph the report becomes an assertion of the graph.
 
-    NOTE: reading the report of a CUDA op waits for the device, as long as the references run there.
+    NOTE: reading the report of a CUDA op waits for the device: see ``deferred_checks``.
     """
     if torch.compiler.is_compiling():
         torch._assert_async(invalid[0] < 0, f"{name}: a row of the input is not valid; run it without torch.compile for details")
+        return
+    reports = _deferred.get()
+    if reports is not None:
+        reports.add(name, invalid, describe)
+        return
+    if invalid.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     code = int(invalid)
     if code >= 0:

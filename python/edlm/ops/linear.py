@@ -22,8 +22,8 @@ from ._library import (
     register_backward,
 )
 
-# A chunk of logits: small beside a cache, large enough for a product; whole tiles of csrc/tiles.h.
-_CHUNK_BYTES = 8 << 20
+# A chunk of logits: small beside a cache (the second level of a GPU's), large enough for a product; whole tiles of csrc/tiles.h.
+_CHUNK_BYTES, _CHUNK_BYTES_ON_CUDA = 8 << 20, 32 << 20
 _CHUNK_ROWS = 1024
 _TILE = 512
 
@@ -67,10 +67,10 @@ _grad = define_op(
 )
 
 
-def _chunk_shape(n: int, vocab_size: int) -> tuple[int, int]:
+def _chunk_shape(n: int, vocab_size: int, device: torch.device) -> tuple[int, int]:
     """Rows and columns of a chunk of logits, at most _CHUNK_BYTES or a tile of them."""
-    rows = max(1, min(n, _CHUNK_ROWS))
-    return rows, min(vocab_size, max(_TILE, _CHUNK_BYTES // (4 * rows) // _TILE * _TILE))
+    rows, size = max(1, min(n, _CHUNK_ROWS)), _CHUNK_BYTES_ON_CUDA if device.type == "cuda" else _CHUNK_BYTES
+    return rows, min(vocab_size, max(_TILE, size // (4 * rows) // _TILE * _TILE))
 
 
 def _product(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, buffer: torch.Tensor) -> torch.Tensor:
@@ -97,7 +97,7 @@ def _linear_forward(
     invalid = first_of((tokens < 0) | (tokens >= vocab_size))
     running = torch.full((n, 3), -math.inf, dtype=torch.float64, device=hidden.device)
     running[:, 1] = 0
-    rows, columns = _chunk_shape(n, vocab_size)
+    rows, columns = _chunk_shape(n, vocab_size, hidden.device)
     buffer = torch.empty(rows * columns, dtype=torch.float32, device=hidden.device)
     for _, w, b, ids, excluded in _column_chunks(weight, bias, tokens, forbidden, columns):
         for i in range(0, n, rows):
@@ -133,7 +133,7 @@ def _linear_backward_chunks(
     grads = _linear_backward_fake(grad, hidden, weight, tokens, stats, bias, forbidden, needs)
     to_hidden, to_weight, to_bias = (g.zero_() for g in grads)
     sum_hidden = to_hidden if hidden.dtype == torch.float32 else to_hidden.float()
-    rows, columns = _chunk_shape(n, vocab_size)
+    rows, columns = _chunk_shape(n, vocab_size, hidden.device)
     buffer = torch.empty(rows * columns, dtype=torch.float32, device=hidden.device)
     for columns_at, w, b, ids, excluded in _column_chunks(weight, bias, tokens, forbidden, columns):
         sum_weight, sum_bias = to_weight[columns_at].float(), to_bias[columns_at].float()
@@ -215,8 +215,9 @@ def linear_log_probs(
     """log softmax(hidden @ weight.T + bias) at one token a row, in chunks of rows and vocabulary: N x V logits are never stored.
 
     The products are float32 whatever the dtypes (a bfloat16 product would err by nats over a sequence). The backward recomputes the
-    chunks, so memory beyond the gradients is O(chunk): 8 MiB of logits and what the products need; half-precision inputs, and gradients
-    of theirs, are widened a chunk at a time too (the gradient of ``hidden`` as a whole). Gradients that nobody needs are not computed.
+    chunks, so memory beyond the gradients is O(chunk): 8 MiB of logits (32 on a GPU) and what the products need; half-precision
+    inputs, and gradients of theirs, are widened a chunk at a time too (the gradient of ``hidden`` as a whole). Gradients that nobody
+    needs are not computed.
 
     Args:
         hidden: float32, bfloat16 or float16 [N, D]. weight: [V, D]. bias: [V] or None. All differentiable (first order).

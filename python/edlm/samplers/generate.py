@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from ..diffusion import LogLinearSchedule, MaskedDiffusion, NoiseSchedule
-from ..ops import reverse_step, select_candidate
+from ..ops import deferred_checks, reverse_step, select_candidate
 from ..ops._philox import expand_seed
 from ..protocols import Denoiser, EnergyModel
 from .propose import denoise, propose
@@ -144,7 +144,8 @@ def generate(
     step_times, ess, log_z = [], [], []
     history = [xt] if return_history else None
     # no_grad rather than inference_mode: what comes out may be trained on.
-    with torch.no_grad(), _evaluating(denoiser, energy):
+    # On a GPU what the ops report is read at the end: the loop waits for nothing of theirs.
+    with torch.no_grad(), _evaluating(denoiser, energy), deferred_checks(device.type == "cuda"):
         for step in tqdm(plan, desc="decode", total=longest, disable=not progress):
             live = step.live.to(device, non_blocking=True)
             x, t = xt[live], step.t.to(device, torch.float32, non_blocking=True)

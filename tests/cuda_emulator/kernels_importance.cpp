@@ -1,0 +1,1 @@
+namespace edlm { enum class Size; void run_importance(Size) {} }
