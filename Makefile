@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # torch comes first: the build asks the environment for it.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: demo test bench lint tidy sanitize install clean
+.PHONY: demo test bench gpu lint tidy sanitize install clean
 
 demo: install            ## train two tiny models on real text and decode with both
 	$(BIN)/edlm demo
@@ -15,6 +15,9 @@ test: install            ## every test, on the installed package
 
 bench: install           ## the ops against eager torch, about a minute
 	$(BIN)/edlm bench ops
+
+gpu:                     ## on a machine with a GPU: build, compare with the CPU, time, test, sanitize, profile; nine minutes
+	benchmarks/gpu.sh
 
 lint: $(VENV)/.tools     ## ruff: rules and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

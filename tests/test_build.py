@@ -72,6 +72,28 @@ def test_cuda_option(tree, tmp_path, value, message):
     assert message in " ".join(done.stderr.split())
 
 
+def test_cuda_library_compiles_against_a_torch_without_cuda(tree, tmp_path):
+    """EDLM_CUDA=COMPILE: bindings and kernels, for one architecture; what the library leaves undefined is torch's, or the system's."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed")
+    build = tmp_path / "build"
+    options = f"-DPython_EXECUTABLE={sys.executable}", "-DEDLM_CUDA=COMPILE", "-DCMAKE_CUDA_ARCHITECTURES=90"
+    done = configure(tree, build, *options)
+    assert done.returncode == 0, done.stderr
+    assert "edlm: CUDA compiled only: NVIDIA" in done.stdout and "sm 90" in done.stdout
+    done = run("ninja", "-C", str(build), "_C_cuda")
+    assert done.returncode == 0, done.stdout + done.stderr
+    if shutil.which("nm"):
+        lines = run("nm", "-D", "--undefined-only", str(build / "_C_cuda.so")).stdout.splitlines()
+        names = [line.split()[-1] for line in lines]
+        ours = [n for n in names if "@" not in n and not n.startswith(("aoti_torch_", "torch_", "_ITM_", "__gmon_", "__cxa_"))]
+        assert len(names) > 20 and not ours
+        defined = run("nm", "-D", "--defined-only", str(build / "_C_cuda.so")).stdout
+        assert "edlm_cuda" not in defined  # nothing that another library could take for its own
+    to_install = (build / "cmake_install.cmake").read_text()
+    assert "/_C.so" in to_install and "_C_cuda" not in to_install
+
+
 def test_sdist_and_the_wheel_from_it(tree, tmp_path):
     """The sdist holds the sources and the bundled text; a wheel built from it, without isolation, holds the libraries as well."""
     pytest.importorskip("scikit_build_core", reason="pip install .[test] brings it")
@@ -89,6 +111,7 @@ def test_sdist_and_the_wheel_from_it(tree, tmp_path):
         "CMakeLists.txt",
         "cmake/isa.cmake",
         "csrc/cpu/sampling.cpp",
+        "csrc/cuda/sampling.cu",
         "python/edlm/data/austen.txt.xz",
         "README.md",
         "LICENSE",

@@ -282,8 +282,10 @@ void sample_forbidden(const Way& way, int64_t vocab) {
 template <class T>
 void sample_many(bool is_long_too) {
   for (const int64_t vocab : {1, 27, 128, 129, 511, 512, 513, 1025, 4100, 50258}) {
+    const bool is_long = vocab > 5000;
+    if (is_long && !is_long_too) continue;
     for (const Way& way : kWays) {
-  XX (is_long && sizeof(T) == 4 && way.temperature != 1.0) continue;
+      if (is_long && sizeof(T) == 4 && way.temperature != 1.0) continue;
       sample_alike<T>(way, way.top_k > 0 ? Content::kTies : Content::kNormal, vocab, !is_long && vocab > 1025);
       if (!is_long) sample_forbidden<T>(way, vocab);
     }

@@ -214,7 +214,8 @@ def linear_log_probs(
 ) -> torch.Tensor:
     """log softmax(hidden @ weight.T + bias) at one token a row, in chunks of rows and vocabulary: N x V logits are never stored.
 
-    The products are float32 whatever the dtypes (a bfloat16 product would err by nats over a sequence). The backward recomputes the
+    The products are float32 whatever the dtypes (a bfloat16 product would err by nats over a sequence; on a GPU,
+    ``torch.backends.cuda.matmul.allow_tf32`` applies, and costs about 1e-3 a log-probability). The backward recomputes the
     chunks, so memory beyond the gradients is O(chunk): 8 MiB of logits (32 on a GPU) and what the products need; half-precision
     inputs, and gradients of theirs, are widened a chunk at a time too (the gradient of ``hidden`` as a whole). Gradients that nobody
     needs are not computed.

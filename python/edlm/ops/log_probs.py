@@ -1,4 +1,6 @@
-"""Log-probabilities of given tokens, without a vocabulary-sized result: ``gather_log_probs``. Kernel: csrc/cpu/log_probs.cpp.
+"""Log-probabilities of given tokens, without a vocabulary-sized result: ``gather_log_probs``.
+
+Kernels: csrc/cpu/log_probs.cpp, csrc/cuda/log_probs.cu.
 
 Differentiable, recomputing in the backward; sums are float32 or wider whatever the dtype of the logits.
 """

@@ -2,8 +2,8 @@
 
 The algorithm is the tile-mass inverse CDF (docs/algorithms.md): a row's softmax mass in tiles of 512 columns, then per draw one
 uniform that picks a tile and one that picks inside it, in float64. The functions named ``_..._reference`` are its specification;
-csrc/cpu/sampling.cpp is the kernel. Random numbers: Philox with the counter (position, candidate, offset, TOKEN) under the seed of
-the sequence (``_philox.py``).
+csrc/cpu/sampling.cpp and csrc/cuda/sampling.cu are the kernels. Random numbers: Philox with the counter (position, candidate, offset,
+TOKEN) under the seed of the sequence (``_philox.py``).
 """
 
 from __future__ import annotations
