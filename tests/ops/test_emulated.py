@@ -11,6 +11,7 @@ import pytest
 import torch
 from edlm import ops
 from edlm.ops import _library
+from edlm.samplers import generate
 from test_registration import everything
 
 FORWARD, REVERSE, RANDOM = 0, 1, 2
@@ -77,6 +78,34 @@ def test_the_order_of_threads_changes_nothing(emulated_ops):
                     torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
         finally:
             emulated_ops.schedule(FORWARD)
+
+
+class Network:
+    """Logits that depend on the tokens beside a position, and none of whose rows depends on another row of the batch."""
+
+    mask_token_id, vocab_size = 299, 300
+
+    def __init__(self) -> None:
+        self.table = torch.randn(300, 300) * 2
+
+    def __call__(self, xt, t):
+        return self.table[xt.roll(1, 1)] + t[:, None, None]
+
+
+def test_generate(emulated_ops):
+    """The whole loop, with an energy and a filter: the tokens that the CPU's kernels give."""
+    network, pairs = Network(), torch.randn(300, 300)
+
+    def energy(x0, xt, t, log_p):
+        return pairs[x0[..., 1:], x0[..., :-1]].sum(-1)
+
+    for options in ({}, {"energy": energy, "num_candidates": 5, "window": (0, 1)}, {"top_p": 0.8, "temperature": 0.9}):
+        want = generate(network, batch_size=4, length=9, steps=5, seed=3, **options)
+        with emulated_ops.installed():
+            got = generate(network, batch_size=4, length=9, steps=5, seed=3, **options)
+        assert torch.equal(got.tokens, want.tokens)
+        torch.testing.assert_close(got.ess, want.ess, equal_nan=True)
+        torch.testing.assert_close(got.log_Z, want.log_Z, equal_nan=True, atol=1e-5, rtol=1e-5)
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from ._library import (
 
 # A chunk of logits: small beside a cache (the second level of a GPU's), large enough for a product; whole tiles of csrc/tiles.h.
 _CHUNK_BYTES, _CHUNK_BYTES_ON_CUDA = 8 << 20, 32 << 20
-_CHUNK_ROWS = 1024
+_CHUNK_ROWS, _CHUNK_COLUMNS = 1024, 1 << 20  # a GPU's kernel has a row's tiles in shared memory
 _TILE = 512
 
 # running float64 [N, 3]: over the columns so far, the maximum, the sum of exp(x - maximum) and the token's logit.
@@ -70,7 +70,7 @@ _grad = define_op(
 def _chunk_shape(n: int, vocab_size: int, device: torch.device) -> tuple[int, int]:
     """Rows and columns of a chunk of logits, at most _CHUNK_BYTES or a tile of them."""
     rows, size = max(1, min(n, _CHUNK_ROWS)), _CHUNK_BYTES_ON_CUDA if device.type == "cuda" else _CHUNK_BYTES
-    return rows, min(vocab_size, max(_TILE, size // (4 * rows) // _TILE * _TILE))
+    return rows, min(vocab_size, _CHUNK_COLUMNS, max(_TILE, size // (4 * rows) // _TILE * _TILE))
 
 
 def _product(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, buffer: torch.Tensor) -> torch.Tensor:
