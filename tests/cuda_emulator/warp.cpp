@@ -12,8 +12,8 @@ const char* name_of(WarpOp op) {
   return names[static_cast<int>(op)];
 }
 
-// Which of them ThreadSanitizer is to take for an order of what the lanes did to memory. All make lanes wait for each other; CUDA
-// promises more than that of __syncwarp alone.
+// Which of them ThreadSanitizer is to take for an order of what the lanes did to memory: all make lanes wait for each other, but CUDA
+// promises that of __syncwarp alone.
 constexpr bool orders_memory(WarpOp op) { return op == WarpOp::kSync; }
 
 int lowest(unsigned lanes) { return __builtin_ctz(lanes); }
