@@ -224,7 +224,7 @@ __device__ void filter_row(const SampleArgs& args, Row<T>* row, TileMass* tiles,
   row->cut = cut.key == 0 ? kMinusInf : float_of(cut.key);
   row->tie_end = tie_end;
   __syncthreads();
-  const unsigned shift = row->run.shift();
+#pragma unroll 1
   for (int t = warp_of(); t < n; t += kWarps) {
     const bool stays = tiles[t].max >= row->cut;
     __syncwarp();  // all lanes have looked, before one writes
@@ -233,10 +233,9 @@ __device__ void filter_row(const SampleArgs& args, Row<T>* row, TileMass* tiles,
       if (lane_of() == 0) tiles[t].max = kMinusInf;
       continue;
     }
-    TileInFlight<T> flight;
     float x[kLaneColumns];
-    flight.fetch(*row, t, shift);
-    flight.get(*row, t, shift, x);
+#pragma unroll
+    for (int i = 0; i < kLaneColumns; ++i) x[i] = row->at(first_column<T>(t, i / kVec<T>) + i % kVec<T>);
     measure_tile<T, false>(x, static_cast<float>(softmax.inverse * kLog2EInDouble), tiles + t);
   }
   __syncthreads();

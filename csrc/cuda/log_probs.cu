@@ -8,19 +8,14 @@ namespace {
 
 template <class T>
 __device__ Row<T> row_of(const LogProbArgs& args, int64_t r) {
-  const int64_t b = args.length == 1 ? r : r / args.length, l = r - b * args.length;
+  const int64_t b = args.length == 1 ? r : static_cast<unsigned>(r) / static_cast<unsigned>(args.length), l = r - b * args.length;
   return make_row<T>(args.logits, b * args.stride_b + l * args.stride_l, args.vocab, -1, args.forbidden, args.num_forbidden);
-}
-
-__device__ float scale_of(const LogProbArgs& args) {
-  return static_cast<float>(inverse_temperature(args.temperature) * kLog2EInDouble);
 }
 
 // log_probs and stats of a row; NaN where it holds NaN or +inf, or nothing finite.
 template <class T>
-__device__ void gather_row(const LogProbArgs& args, int64_t r, TileMass* tiles, Board& board, int64_t* invalid) {
-  const double inverse = inverse_temperature(args.temperature);
-  const Total sum = weigh_tiles(tiles, static_cast<int>(num_tiles(args.vocab)), inverse, false, board);
+__device__ void gather_row(const LogProbArgs& args, const Temperature& heat, int64_t r, TileMass* tiles, Board& board, int64_t* invalid) {
+  const Total sum = weigh_tiles(tiles, static_cast<int>(num_tiles(args.vocab)), heat.inverse, false, board);
   const Row<T> row = row_of<T>(args, r);
   const double nan = __uint_as_float(0x7FC00000u), log_total = sum.is_finite && sum.max > kMinusInf ? log(sum.total) : nan;
   if (threadIdx.x == 0) {
@@ -32,28 +27,28 @@ __device__ void gather_row(const LogProbArgs& args, int64_t r, TileMass* tiles, 
     const int64_t id = args.tokens[r * args.num_tokens + k];
     const bool is_id = id >= 0 && id < args.vocab;
     if (!is_id) report(invalid, r);
-    const double log_prob = is_id ? (static_cast<double>(row.at(static_cast<int>(id))) - sum.max) * inverse - log_total : nan;
+    const double log_prob = is_id ? (static_cast<double>(row.at(static_cast<int>(id))) - sum.max) * heat.inverse - log_total : nan;
     args.log_probs[r * args.num_tokens + k] = static_cast<float>(log_prob > 0 ? 0 : log_prob);
   }
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
-    gather(const __grid_constant__ LogProbArgs args, TileMass* scratch, Phase phase, int parts, bool is_shared, int64_t* invalid) {
+    gather(const __grid_constant__ LogProbArgs args, const __grid_constant__ Temperature heat, TileMass* scratch, Phase phase, int parts, bool is_shared, int64_t* invalid) {
   DYN_SHARED(TileMass, in_shared);
   __shared__ Board board;
   const int n = static_cast<int>(num_tiles(args.vocab));
-  const int64_t r = static_cast<int64_t>(blockIdx.x) / parts;
+  const int64_t r = blockIdx.x / static_cast<unsigned>(parts);
   if (phase == Phase::kMeasure && blockIdx.x == 0 && threadIdx.x == 0) *invalid = -1;
   TileMass* in_memory = scratch == nullptr ? nullptr : scratch + r * n;
   TileMass* tiles = phase == Phase::kMeasure ? in_memory : gather_tiles(is_shared ? in_shared : nullptr, in_memory, n, phase);
   if (phase != Phase::kFinish) {
-    const int share = (n + parts - 1) / parts, begin = (static_cast<int>(blockIdx.x) % parts) * share;
-    read_tiles<T, false>(row_of<T>(args, r), scale_of(args), begin, begin + share < n ? begin + share : n, tiles);
+    const int share = (n + parts - 1) / parts, begin = static_cast<int>(blockIdx.x % static_cast<unsigned>(parts)) * share;
+    read_tiles<T, false>(row_of<T>(args, r), heat.scale, begin, begin + share < n ? begin + share : n, tiles);
   }
   if (phase == Phase::kMeasure) return;
   __syncthreads();
-  gather_row<T>(args, r, tiles, board, invalid);
+  gather_row<T>(args, heat, r, tiles, board, invalid);
 }
 
 // Folds a chunk of the vocabulary into args.running: maximum, sum and the token's logit over the columns so far.
@@ -79,71 +74,84 @@ __global__ void __launch_bounds__(kThreads, 4) fold(const __grid_constant__ LogP
   if (id >= 0 && id < args.vocab) running[2] = row_of<float>(args, r).at(static_cast<int>(id));
 }
 
-// The gradient of the logits, from stats: a thread has sixteen bytes of it, at addresses that are multiples of sixteen.
+// The gradient of kVec columns, from the logits in dx.
+template <class T>
+__device__ void differentiate(const LogProbArgs& args, int64_t r, int first, float max, float log_sum, float inverse, float factor, float (&dx)[kVec<T>]) {
+#pragma unroll
+  for (int i = 0; i < kVec<T>; ++i) dx[i] = exp2_fast(((dx[i] - max) * inverse - log_sum) * kLog2E) * factor;
+#pragma unroll 1
+  for (int64_t k = 0; k < args.num_tokens; ++k) {
+    const int64_t at = args.tokens[r * args.num_tokens + k] - first;
+    if (at < 0 || at >= kVec<T>) continue;
+#pragma unroll
+    for (int i = 0; i < kVec<T>; ++i)
+      if (at == i) dx[i] += args.grad[r * args.num_tokens + k] * inverse;
+  }
+#pragma unroll 1
+  for (int64_t f = 0; f < args.num_forbidden; ++f) {
+    const int64_t at = args.forbidden[f] - first;
+#pragma unroll
+    for (int i = 0; i < kVec<T>; ++i)
+      if (at == i) dx[i] = 0;
+  }
+}
+
+// Vectors of sixteen bytes of the gradient that a thread has, to share what is the row's.
+constexpr int kVectors = 4;
+
+// The gradient of the logits, from stats. Stores are at addresses that are multiples of sixteen, and loads of the logits beside them follow.
 //
 // The gradient may be written over the logits, as a thread writes no element but those that it has read: both then begin at one address, and
 // the loads are aligned as the stores are.
 template <class T>
-__global__ void __launch_bounds__(kThreads) backward(const __grid_constant__ LogProbArgs args, int blocks_a_row) {
-  const int64_t r = static_cast<int64_t>(blockIdx.x) / blocks_a_row;
+__global__ void __launch_bounds__(kThreads, 4) backward(const __grid_constant__ LogProbArgs args, float inverse, int blocks_a_row) {
+  const int64_t r = blockIdx.x / static_cast<unsigned>(blocks_a_row);
   const int vocab = static_cast<int>(args.vocab);
   T* out = static_cast<T*>(args.grad_logits) + r * args.grad_stride;
   const int lead = static_cast<int>((reinterpret_cast<uintptr_t>(out) & 15) / sizeof(T));
-  const int vector = static_cast<int>(blockIdx.x) % blocks_a_row * kThreads + static_cast<int>(threadIdx.x);
-  const int first = vector * kVec<T> - lead;  // the first vector may begin before the row, and the last end behind it
-  if (first >= vocab) return;
-
-  const int64_t* tokens = args.tokens + r * args.num_tokens;
-  const float* grad = args.grad + r * args.num_tokens;
   float total = 0;
   bool is_zero = true;  // a row that does not count is not read
 #pragma unroll 1
-  for (int64_t k = 0; k < args.num_tokens; ++k) total += grad[k], is_zero = is_zero && grad[k] == 0;
-  const float inverse = static_cast<float>(inverse_temperature(args.temperature)), factor = -total * inverse;
+  for (int64_t k = 0; k < args.num_tokens; ++k) {
+    const float grad = args.grad[r * args.num_tokens + k];
+    total += grad;
+    is_zero = is_zero && grad == 0;
+  }
+  const float factor = -total * inverse;
   const float max = args.stats[2 * r], log_sum = args.stats[2 * r + 1];
-
-  const bool is_whole = first >= 0 && first + kVec<T> <= vocab;
-  float dx[kVec<T>];
+  const Run<T> run = row_of<T>(args, r).run;
+  const int block = static_cast<int>(blockIdx.x % static_cast<unsigned>(blocks_a_row));
+#pragma unroll 1
+  for (int j = 0; j < kVectors; ++j) {
+    // The first vector may begin before the row, and the last end behind it.
+    const int first = ((block * kVectors + j) * kThreads + static_cast<int>(threadIdx.x)) * kVec<T> - lead;
+    if (first >= vocab) return;
+    const bool is_whole = first >= 0 && first + kVec<T> <= vocab;
+    float dx[kVec<T>];
 #pragma unroll
-  for (int i = 0; i < kVec<T>; ++i) dx[i] = 0;
-  if (!is_zero) {
-    const Row<T> row = row_of<T>(args, r);
+    for (int i = 0; i < kVec<T>; ++i) dx[i] = 0;
+    if (!is_zero) {
+      if (is_whole) {
+        load_vector(run, first, dx);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kVec<T>; ++i) dx[i] = first + i >= 0 && first + i < vocab ? to_float(run.begin[first + i]) : kMinusInf;
+      }
+      differentiate<T>(args, r, first, max, log_sum, inverse, factor, dx);
+    }
     if (is_whole) {
-      const unsigned shift = static_cast<unsigned>(reinterpret_cast<uintptr_t>(row.run.begin + first) & 15);
-      Window<T> window;
-      window.template fetch<false>(row.run, first, shift);
-      window.get(row.run, first, shift, dx);
+      union {
+        uint4 all;
+        T at[kVec<T>];
+      } packed{};
+#pragma unroll
+      for (int i = 0; i < kVec<T>; ++i) from_float(dx[i], &packed.at[i]);
+      *reinterpret_cast<uint4*>(out + first) = packed.all;
     } else {
 #pragma unroll
-      for (int i = 0; i < kVec<T>; ++i) dx[i] = first + i >= 0 && first + i < vocab ? to_float(row.run.begin[first + i]) : kMinusInf;
-    }
-#pragma unroll
-    for (int i = 0; i < kVec<T>; ++i) dx[i] = exp2_fast(((dx[i] - max) * inverse - log_sum) * kLog2E) * factor;
-#pragma unroll 1
-    for (int64_t k = 0; k < args.num_tokens; ++k) {
-#pragma unroll
       for (int i = 0; i < kVec<T>; ++i)
-        if (tokens[k] == first + i) dx[i] += grad[k] * inverse;
+        if (first + i >= 0 && first + i < vocab) from_float(dx[i], out + first + i);
     }
-#pragma unroll 1
-    for (int64_t f = 0; f < args.num_forbidden; ++f) {
-#pragma unroll
-      for (int i = 0; i < kVec<T>; ++i)
-        if (args.forbidden[f] == first + i) dx[i] = 0;
-    }
-  }
-  if (is_whole) {
-    union {
-      uint4 all;
-      T at[kVec<T>];
-    } packed{};
-#pragma unroll
-    for (int i = 0; i < kVec<T>; ++i) from_float(dx[i], &packed.at[i]);
-    *reinterpret_cast<uint4*>(out + first) = packed.all;
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVec<T>; ++i)
-      if (first + i >= 0 && first + i < vocab) from_float(dx[i], out + first + i);
   }
 }
 
@@ -154,14 +162,15 @@ cudaError_t launch_gather(const LogProbArgs& args, TileMass* scratch, int64_t* i
   const auto gather_kernel = gather<T>;
   const int64_t rows = args.batch * args.length;
   const Plan plan = plan_rows(rows, args.vocab);
+  const Temperature heat = temperature_of(args.temperature);
   if (const cudaError_t error = allow_shared(gather_kernel, plan.shared); error != cudaSuccess) return error;
   if (plan.first == Phase::kWhole) {
     if (const cudaError_t error = clear_report(invalid, stream); error != cudaSuccess) return error;
-    LAUNCH(gather_kernel, grid_for(rows), dim3(kThreads), plan.shared, stream, args, scratch, Phase::kWhole, 1, true, invalid);
+    LAUNCH(gather_kernel, grid_for(rows), dim3(kThreads), plan.shared, stream, args, heat, scratch, Phase::kWhole, 1, true, invalid);
     return cudaGetLastError();
   }
-  LAUNCH(gather_kernel, grid_for(rows * plan.parts), dim3(kThreads), 0, stream, args, scratch, Phase::kMeasure, plan.parts, false, invalid);
-  LAUNCH(gather_kernel, grid_for(rows), dim3(kThreads), plan.shared, stream, args, scratch, Phase::kFinish, 1, plan.shared > 0, invalid);
+  LAUNCH(gather_kernel, grid_for(rows * plan.parts), dim3(kThreads), 0, stream, args, heat, scratch, Phase::kMeasure, plan.parts, false, invalid);
+  LAUNCH(gather_kernel, grid_for(rows), dim3(kThreads), plan.shared, stream, args, heat, scratch, Phase::kFinish, 1, plan.shared > 0, invalid);
   return cudaGetLastError();
 }
 
@@ -169,8 +178,9 @@ template <class T>
 cudaError_t launch_backward(const LogProbArgs& args, cudaStream_t stream) {
   const auto backward_kernel = backward<T>;
   // One vector more than the row has: where it does not begin at a multiple of sixteen bytes.
-  const int64_t blocks = (args.vocab / kVec<T> + 2 + kThreads - 1) / kThreads;
-  LAUNCH(backward_kernel, grid_for(args.batch * args.length * blocks), dim3(kThreads), 0, stream, args, static_cast<int>(blocks));
+  const int64_t blocks = (args.vocab / kVec<T> + 2 + kThreads * kVectors - 1) / (kThreads * kVectors);
+  LAUNCH(backward_kernel, grid_for(args.batch * args.length * blocks), dim3(kThreads), 0, stream, args,
+         static_cast<float>(inverse_temperature(args.temperature)), static_cast<int>(blocks));
   return cudaGetLastError();
 }
 

@@ -21,7 +21,8 @@ struct Index {
 };
 
 __device__ Index index_of(const SampleArgs& args, int64_t r) {
-  const int64_t b = args.length == 1 ? r : r / args.length;
+  // There are fewer than 2^31 rows: a division of 64 bits takes five times as long.
+  const int64_t b = args.length == 1 ? r : static_cast<unsigned>(r) / static_cast<unsigned>(args.length);
   return {r, b, r - b * args.length};
 }
 
@@ -85,24 +86,24 @@ __device__ int argmax(const Row<T>& row, const TileMass* tiles, int n, float max
   return block_min(best, board);
 }
 
-struct Column {
-  int id;
-  float logit;
+// Where a draw's uniforms point: a block of 64 columns, and what share of the block's mass lies before the draw.
+//
+// Here and below, where rounding points at what has no mass, its neighbour that has is taken: an id is never one that cannot be.
+struct Place {
+  double share;
+  int first;  // column
+  float max;  // of the tile, which masses are measured against
 };
 
-// One draw by a warp. tiles[t].sum are prefix sums, and `total` the last of them.
-//
-// Where rounding points at what has no mass, its neighbour that has is taken: an id is never one that cannot be.
-template <class T>
-__device__ Column draw_column(const Row<T>& row, const TileMass* tiles, int n, double total, double scale, const Uniforms& u) {
+// tiles[t].sum are prefix sums, and `total` the last of them.
+__device__ Place place_of(const TileMass* tiles, int n, double total, const Uniforms& u) {
   int t = static_cast<int>(upper_bound(n, u.first * total, [&](int64_t i) { return tiles[i].sum; }));
   t = t < n ? t : n - 1;
   while (t > 0 && tiles[t].max == kMinusInf) --t;
   while (tiles[t].max == kMinusInf) ++t;
 
   const TileMass& tile = tiles[t];
-  const double in_tile = sum_of_blocks(tile);
-  const double target = u.second * in_tile;
+  const double target = u.second * sum_of_blocks(tile);
   int block = -1;
   double before = 0, running = 0, mass = 0;
 #pragma unroll 1
@@ -111,65 +112,110 @@ __device__ Column draw_column(const Row<T>& row, const TileMass* tiles, int n, d
     if (here > 0 && (block < 0 || running <= target)) block = b, before = running, mass = here;
     running += here;
   }
-  const double share = (target - before) / mass;
+  return {(target - before) / mass, t * kTile + block * kBlock, tile.max};
+}
 
-  // Two neighbouring columns a lane.
-  const int first = t * kTile + block * kBlock + 2 * lane_of();
-  const float x[2] = {row.at(first), row.at(first + 1)};
-  const double e[2] = {exp2_careful((x[0] - static_cast<double>(tile.max)) * scale),
-                       exp2_careful((x[1] - static_cast<double>(tile.max)) * scale)};
-  const double prefix = warp_scan(e[0] + e[1]);
-  const double wanted = share * __shfl_sync(kAllLanes, prefix, kLanes - 1);
-  const unsigned finite = __ballot_sync(kAllLanes, x[0] > kMinusInf || x[1] > kMinusInf);
-  const unsigned hits = __ballot_sync(kAllLanes, prefix > wanted) & finite;
-  const int lane = hits ? __ffs(static_cast<int>(hits)) - 1 : 31 - __clz(static_cast<int>(finite));
-  const bool is_second = !(x[0] > kMinusInf) || (prefix - e[1] <= wanted && x[1] > kMinusInf);
-  const int side = __shfl_sync(kAllLanes, static_cast<int>(is_second), lane);
-  return {t * kTile + block * kBlock + 2 * lane + side, __shfl_sync(kAllLanes, is_second ? x[1] : x[0], lane)};
+// So many lanes make a draw.
+constexpr int kDrawLanes = 16, kDraws = kThreads / kDrawLanes;
+
+struct Column {
+  int id;
+  float logit;
+};
+
+// The column there, by kDrawLanes lanes: each reads a few neighbours.
+template <class T>
+__device__ Column draw_column(const Row<T>& row, const Place& place, double scale) {
+  constexpr int kEach = kBlock / kDrawLanes;
+  const int first = place.first + lane_of() % kDrawLanes * kEach;
+  float e[kEach];
+  unsigned finite = 0;
+  double sum = 0;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) e[i] = row.at(first + i);
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    finite |= (e[i] > kMinusInf ? 1u : 0u) << i;
+    e[i] = exp2_careful((e[i] - static_cast<double>(place.max)) * scale);
+    sum += e[i];
+  }
+  const double prefix = warp_scan(sum, kDrawLanes), wanted = place.share * __shfl_sync(kAllLanes, prefix, kDrawLanes - 1, kDrawLanes);
+  // This lane's first column whose prefix exceeds what is wanted; its last that can be, where none does.
+  int mine = 0;
+  double before = prefix - sum;
+  bool is_hit = false;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    before += e[i];
+    if (is_hit || !(finite >> i & 1)) continue;
+    mine = first + i;
+    is_hit = before > wanted;
+  }
+  const int shift = lane_of() / kDrawLanes * kDrawLanes;
+  const unsigned ours = (1u << kDrawLanes) - 1, hits = __ballot_sync(kAllLanes, is_hit) >> shift & ours,
+                 some = __ballot_sync(kAllLanes, finite != 0) >> shift & ours;
+  const int from = hits ? __ffs(static_cast<int>(hits)) - 1 : 31 - __clz(static_cast<int>(some));
+  const int id = __shfl_sync(kAllLanes, mine, from, kDrawLanes);
+  return {id, row.at(id)};
 }
 
 // Draws from a row whose tiles are measured.
 template <class T, Mode kMode>
-__device__ void finish_row(const SampleArgs& args, int64_t r, TileMass* tiles, Board& board, int64_t* invalid) {
+__device__ void finish_row(const SampleArgs& args, const Temperature& heat, int64_t r, TileMass* tiles, Board& board, int64_t* invalid) {
   const Index at = index_of(args, r);
   Row<T> row = row_of<T>(args, at);
   const int n = static_cast<int>(num_tiles(args.vocab));
-  const double inverse = inverse_temperature(args.temperature);
-  Total sum = weigh_tiles(tiles, n, inverse, kMode != Mode::kPlain, board);
+  Total sum = weigh_tiles(tiles, n, heat.inverse, kMode != Mode::kPlain, board);
   if (!sum.is_finite || sum.max == kMinusInf) {  // the same for all threads
     fail_row(args, at, sum.is_finite ? kNoSupport : kNonFinite, static_cast<int>(threadIdx.x), kThreads, invalid);
     return;
   }
-  const double log_model_total = kMode == Mode::kPlain ? 0.0 : log(sum.model_total);
   if constexpr (kMode == Mode::kFiltered) {
     __shared__ Histogram histogram;
     filter_row(args, &row, tiles, n, sum.max, histogram, board);
-    sum.total = weigh_tiles(tiles, n, inverse, false, board).total;
+    sum.total = weigh_tiles(tiles, n, heat.inverse, false, board).total;
   }
   if (args.temperature == 0) {
     const int id = argmax(row, tiles, n, sum.max, board);
+    const float model = bounded(-log(sum.model_total));
 #pragma unroll 1
-    for (int64_t k = threadIdx.x; k < args.num_samples; k += kThreads) write(args, at, k, id, 0, bounded(-log_model_total));
+    for (int64_t k = threadIdx.x; k < args.num_samples; k += kThreads) write(args, at, k, id, 0, model);
     return;
   }
-  const double log_total = log(sum.total);
+  // What all draws need, in shared memory rather than in registers of every thread.
+  struct Sums {
+    double max, total, log_total, log_model_total;
+  };
+  __shared__ Sums sums;
+  if (threadIdx.x == 0) sums = {sum.max, sum.total, log(sum.total), kMode == Mode::kPlain ? 0.0 : log(sum.model_total)};
+  __syncthreads();
+  // A thread finds the place of a draw, kDrawLanes of them its column.
+  __shared__ Place places[kThreads];
 #pragma unroll 1
-  for (int64_t k = warp_of(); k < args.num_samples; k += kWarps) {
-    const Column column = draw_column(row, tiles, n, sum.total, inverse * kLog2EInDouble, uniforms_of(args, at, k));
-    const double d = static_cast<double>(column.logit) - sum.max;
-    if (lane_of() == 0) write(args, at, k, column.id, bounded(d * inverse - log_total), bounded(d - log_model_total));
+  for (int64_t first = 0; first < args.num_samples; first += kThreads) {
+    const int count = static_cast<int>(args.num_samples - first < kThreads ? args.num_samples - first : kThreads);
+    const int thread = static_cast<int>(threadIdx.x), team = thread / kDrawLanes;
+    if (thread < count) places[thread] = place_of(tiles, n, sums.total, uniforms_of(args, at, first + thread));
+    __syncthreads();
+#pragma unroll 1
+    for (int k = team; k - team % (kLanes / kDrawLanes) < count; k += kDraws) {  // a warp's lanes stay together
+      const Column column = draw_column(row, places[k < count ? k : count - 1], heat.exact_scale);
+      if (k >= count || thread % kDrawLanes != 0) continue;
+      const double d = static_cast<double>(column.logit) - sums.max;
+      write(args, at, first + k, column.id, bounded(d * heat.inverse - sums.log_total), bounded(d - sums.log_model_total));
+    }
+    __syncthreads();
   }
 }
 
 template <class T, Mode kMode>
 __global__ void __launch_bounds__(kThreads, kMode == Mode::kFiltered ? 2 : 4)
-    sample_rows(const __grid_constant__ SampleArgs args, TileMass* scratch, Phase phase, int parts, bool is_shared, int64_t* invalid) {
+    sample_rows(const __grid_constant__ SampleArgs args, const __grid_constant__ Temperature heat, TileMass* scratch, Phase phase, int parts, bool is_shared, int64_t* invalid) {
   DYN_SHARED(TileMass, in_shared);
   __shared__ Board board;
   const int n = static_cast<int>(num_tiles(args.vocab));
-  const float scale = static_cast<float>(inverse_temperature(args.temperature) * kLog2EInDouble);
   if (phase == Phase::kMeasure && blockIdx.x == 0 && threadIdx.x == 0) *invalid = -1;
-  const int64_t r = static_cast<int64_t>(blockIdx.x) / parts;
+  const int64_t r = blockIdx.x / static_cast<unsigned>(parts);
   const Index at = index_of(args, r);
   if (!is_drawn(args, r)) {
     if (phase != Phase::kMeasure) carry_over(args, at, static_cast<int>(threadIdx.x), kThreads, invalid);
@@ -178,12 +224,12 @@ __global__ void __launch_bounds__(kThreads, kMode == Mode::kFiltered ? 2 : 4)
   TileMass* in_memory = scratch == nullptr ? nullptr : scratch + r * n;
   TileMass* tiles = phase == Phase::kMeasure ? in_memory : gather_tiles(is_shared ? in_shared : nullptr, in_memory, n, phase);
   if (phase != Phase::kFinish) {
-    const int share = (n + parts - 1) / parts, begin = (static_cast<int>(blockIdx.x) % parts) * share;
-    read_tiles<T, kMode != Mode::kPlain>(row_of<T>(args, at), scale, begin, begin + share < n ? begin + share : n, tiles);
+    const int share = (n + parts - 1) / parts, begin = static_cast<int>(blockIdx.x % static_cast<unsigned>(parts)) * share;
+    read_tiles<T, kMode != Mode::kPlain>(row_of<T>(args, at), heat.scale, begin, begin + share < n ? begin + share : n, tiles);
   }
   if (phase == Phase::kMeasure) return;
   __syncthreads();
-  finish_row<T, kMode>(args, r, tiles, board, invalid);
+  finish_row<T, kMode>(args, heat, r, tiles, board, invalid);
 }
 
 // --- rows of few columns: eight lanes each, one prefix in double over all columns -----------------------------------------------------
@@ -194,14 +240,12 @@ constexpr int kTeam = 8, kTeams = kThreads / kTeam;
 __host__ __device__ inline int small_stride(int64_t vocab) { return static_cast<int>(vocab) | 1; }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 4) sample_small(const __grid_constant__ SampleArgs args, int64_t* invalid) {
+__global__ void __launch_bounds__(kThreads, 4) sample_small(const __grid_constant__ SampleArgs args, const __grid_constant__ Temperature heat, int64_t* invalid) {
   DYN_SHARED(double, shared);
   const int vocab = static_cast<int>(args.vocab), stride = small_stride(vocab);
   const int team = static_cast<int>(threadIdx.x) / kTeam, lane = static_cast<int>(threadIdx.x) % kTeam;
   double* prefix = shared + team * stride;
   float* x = reinterpret_cast<float*>(shared + kTeams * stride) + team * stride;
-  const double inverse = inverse_temperature(args.temperature);
-  const double scale = inverse * kLog2EInDouble;
   const int64_t rows = args.batch * args.length;
   // All threads of a block stay together, whether they have a row or not.
   const int64_t first = blockIdx.x * int64_t{kTeams};
@@ -223,7 +267,7 @@ __global__ void __launch_bounds__(kThreads, 4) sample_small(const __grid_constan
   double mass = 0, model = 0;
   for (int c = begin; c < end; ++c) {
     const double d = static_cast<double>(x[c]) - reference;
-    mass += exp2_careful(d * scale);
+    mass += exp2_careful(d * heat.exact_scale);
     prefix[c] = mass;
     if (args.model_log_probs) model += exp2_careful(d * kLog2EInDouble);
   }
@@ -254,7 +298,7 @@ __global__ void __launch_bounds__(kThreads, 4) sample_small(const __grid_constan
       while (id > 0 && x[id] == kMinusInf) --id;
       while (x[id] == kMinusInf) ++id;
       const double d = static_cast<double>(x[id]) - max;
-      write(args, at, k, id, bounded(d * inverse - log_total), bounded(d - log_model_total));
+      write(args, at, k, id, bounded(d * heat.inverse - log_total), bounded(d - log_model_total));
     }
   }
 }
@@ -268,15 +312,16 @@ cudaError_t launch_rows(const SampleArgs& args, TileMass* scratch, int64_t* inva
   const auto sample_rows_kernel = sample_rows<T, kMode>;
   const int64_t rows = args.batch * args.length;
   const Plan plan = plan_rows(rows, args.vocab);
+  const Temperature heat = temperature_of(args.temperature);
   if (const cudaError_t error = allow_shared(sample_rows_kernel, plan.shared); error != cudaSuccess) return error;
   if (plan.first == Phase::kWhole) {
     if (const cudaError_t error = clear_report(invalid, stream); error != cudaSuccess) return error;
-    LAUNCH(sample_rows_kernel, grid_for(rows), dim3(kThreads), plan.shared, stream, args, scratch, Phase::kWhole, 1, true, invalid);
+    LAUNCH(sample_rows_kernel, grid_for(rows), dim3(kThreads), plan.shared, stream, args, heat, scratch, Phase::kWhole, 1, true, invalid);
     return cudaGetLastError();
   }
-  LAUNCH(sample_rows_kernel, grid_for(rows * plan.parts), dim3(kThreads), 0, stream, args, scratch, Phase::kMeasure, plan.parts, false,
+  LAUNCH(sample_rows_kernel, grid_for(rows * plan.parts), dim3(kThreads), 0, stream, args, heat, scratch, Phase::kMeasure, plan.parts, false,
          invalid);
-  LAUNCH(sample_rows_kernel, grid_for(rows), dim3(kThreads), plan.shared, stream, args, scratch, Phase::kFinish, 1, plan.shared > 0, invalid);
+  LAUNCH(sample_rows_kernel, grid_for(rows), dim3(kThreads), plan.shared, stream, args, heat, scratch, Phase::kFinish, 1, plan.shared > 0, invalid);
   return cudaGetLastError();
 }
 
@@ -284,10 +329,12 @@ template <class T>
 cudaError_t launch(const SampleArgs& args, TileMass* scratch, int64_t* invalid, cudaStream_t stream) {
   if (is_small(args)) {
     if (const cudaError_t error = clear_report(invalid, stream); error != cudaSuccess) return error;
+    const Temperature heat = temperature_of(args.temperature);
     const auto sample_small_kernel = sample_small<T>;
     const size_t shared = kTeams * small_stride(args.vocab) * (sizeof(double) + sizeof(float));
     const int64_t blocks = (args.batch * args.length + kTeams - 1) / kTeams;
-    LAUNCH(sample_small_kernel, grid_for(blocks), dim3(kThreads), shared, stream, args, invalid);
+    if (const cudaError_t error = allow_shared(sample_small_kernel, shared); error != cudaSuccess) return error;
+    LAUNCH(sample_small_kernel, grid_for(blocks), dim3(kThreads), shared, stream, args, heat, invalid);
     return cudaGetLastError();
   }
   if (is_filtered(args)) return launch_rows<T, Mode::kFiltered>(args, scratch, invalid, stream);

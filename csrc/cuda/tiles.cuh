@@ -11,9 +11,9 @@ namespace edlm {
 template <class T>
 struct Row {
   Run<T> run;
-  int64_t mask;  // excluded too; -1: none
+  int mask;  // excluded too; -1: none
   const int64_t* forbidden;
-  int64_t num_forbidden;
+  int num_forbidden;
   // A filter keeps logits above `cut`, and those equal to it at columns below `tie_end`.
   bool is_cut;
   float cut;
@@ -25,7 +25,8 @@ struct Row {
   __device__ float without_excluded(int column, float x) const {
     if (is_cut && !is_kept(column, x)) return kMinusInf;
     if (column == mask) return kMinusInf;
-    for (int64_t i = 0; i < num_forbidden; ++i)
+#pragma unroll 1
+    for (int i = 0; i < num_forbidden; ++i)
       if (forbidden[i] == column) return kMinusInf;
     return x;
   }
@@ -38,7 +39,7 @@ struct Row {
 
 template <class T>
 __device__ Row<T> make_row(const void* logits, int64_t at, int64_t vocab, int64_t mask, const int64_t* forbidden, int64_t num_forbidden) {
-  return {{static_cast<const T*>(logits) + at, static_cast<int>(vocab)}, mask, forbidden, num_forbidden, false, kMinusInf, 0};
+  return {{static_cast<const T*>(logits) + at, static_cast<int>(vocab)}, static_cast<int>(mask), forbidden, static_cast<int>(num_forbidden), false, kMinusInf, 0};
 }
 
 // 2^x, within 2 ulp; 0 below 2^-126. One instruction.
@@ -74,23 +75,58 @@ __device__ int first_column(int tile, int chunk) {
   return tile * kTile + (chunk * kLanes + lane_of()) * kVec<T>;
 }
 
-// A tile of a row on its way to a warp.
-template <class T>
+// A tile of a row on its way to a warp. kAligned: the row begins at a multiple of sixteen bytes. Else a chunk is in two loads of a lane, which
+// are aligned, and of which the second is its neighbour's first: memory is read once, the first cache level twice.
+//
+// In 16 bits a tile is fetched while the one before is measured, but for the second loads, which find most of it in the first cache level
+// then. In float32 a tile alone is as many bytes, and two would need more registers
+// than there are: it is loaded where it is got.
+template <class T, bool kAligned>
 struct TileInFlight {
-  Window<T> window[kChunks<T>];
+  static constexpr bool kAhead = sizeof(T) == 2;
+  uint4 ahead[kAhead ? kChunks<T> : 1];
+
+  // Whether aligned loads of a tile stay within the row: all but the last, and the first where the row is not aligned.
+  __device__ static bool is_whole(const Row<T>& row, int tile, unsigned shift) {
+    return (kAligned || tile > 0) && (tile + 1) * kTile + (kAligned ? 0 : kVec<T> - static_cast<int>(shift / sizeof(T))) <= row.run.size;
+  }
+
+  __device__ static const uint4* address(const Row<T>& row, int tile, unsigned shift) {
+    return reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(row.run.begin + first_column<T>(tile, 0)) - (kAligned ? 0 : shift));
+  }
 
   __device__ void fetch(const Row<T>& row, int tile, unsigned shift) {
+    if (!kAhead || !is_whole(row, tile, shift)) return;
+    const uint4* at = address(row, tile, shift);
 #pragma unroll
-    for (int j = 0; j < kChunks<T>; ++j) window[j].template fetch<true>(row.run, first_column<T>(tile, j), shift);
+    for (int j = 0; j < kChunks<T>; ++j) ahead[kAhead ? j : 0] = __ldg(at + j * kLanes);
   }
 
   // Its columns; excluded ones, and what lies beyond the vocabulary, are -inf.
   __device__ void get(const Row<T>& row, int tile, unsigned shift, float (&x)[kLaneColumns]) const {
+    if (!is_whole(row, tile, shift)) {
 #pragma unroll
-    for (int j = 0; j < kChunks<T>; ++j) window[j].get(row.run, first_column<T>(tile, j), shift, x + j * kVec<T>);
+      for (int i = 0; i < kLaneColumns; ++i) {
+        const int column = first_column<T>(tile, i / kVec<T>) + i % kVec<T>;
+        x[i] = column < row.run.size ? to_float(read(row.run.begin + column)) : kMinusInf;
+      }
+    } else if constexpr (kAligned) {
+      get_whole<0>(row, tile, 0, x);
+    } else {
+      // One branch for all chunks: the words have names that are known when this is compiled.
+      switch (shift / 4) {
+        case 0: get_whole<0>(row, tile, shift, x); break;
+        case 1: get_whole<1>(row, tile, shift, x); break;
+        case 2: get_whole<2>(row, tile, shift, x); break;
+        default: get_whole<3>(row, tile, shift, x); break;
+      }
+    }
     exclude(tile, row.mask, x);
 #pragma unroll 1
-    for (int64_t i = 0; i < row.num_forbidden; ++i) exclude(tile, row.forbidden[i], x);
+    for (int i = 0; i < row.num_forbidden; ++i) {
+      const int64_t id = row.forbidden[i];
+      exclude(tile, id >= 0 && id < row.run.size ? static_cast<int>(id) : -1, x);
+    }
     if (!row.is_cut) return;
 #pragma unroll
     for (int i = 0; i < kLaneColumns; ++i)
@@ -98,10 +134,23 @@ struct TileInFlight {
   }
 
  private:
+  template <int kWord>
+  __device__ void get_whole(const Row<T>& row, int tile, unsigned shift, float (&x)[kLaneColumns]) const {
+    const uint4* at = address(row, tile, shift);
+#pragma unroll
+    for (int j = 0; j < kChunks<T>; ++j) {
+      const uint4 here = kAhead ? ahead[kAhead ? j : 0] : __ldg(at + j * kLanes);
+      if constexpr (kAligned)
+        unpack({here.x, here.y, here.z, here.w}, x + j * kVec<T>, T{});
+      else
+        shifted<T, kWord>(here, __ldg(at + j * kLanes + 1), shift, x + j * kVec<T>);
+    }
+  }
+
   // One column is -inf, if it is in this tile.
-  __device__ static void exclude(int tile, int64_t column, float (&x)[kLaneColumns]) {
-    if (column < int64_t{tile} * kTile || column >= int64_t{tile + 1} * kTile) return;
-    const int within = static_cast<int>(column) - tile * kTile, vector = within / kVec<T>;
+  __device__ static void exclude(int tile, int column, float (&x)[kLaneColumns]) {
+    const int within = column - tile * kTile, vector = within / kVec<T>;
+    if (static_cast<unsigned>(within) >= kTile) return;
     const int index = vector / kLanes * kVec<T> + within % kVec<T>;
     if (vector % kLanes != lane_of()) return;
 #pragma unroll
@@ -173,23 +222,40 @@ __device__ void measure_tile(const float (&x)[kLaneColumns], float scale, TileMa
   }
 }
 
-// Tiles [begin, end) of a row into tiles[begin .. end), by the warps of a block. The next tile is on its way while one is measured; in float32 a
-// tile alone is as many bytes, and two would need more registers than there are.
-template <class T, bool kModel>
-__device__ void read_tiles(const Row<T>& row, float scale, int begin, int end, TileMass* tiles) {
+template <class T, bool kModel, bool kAligned>
+__device__ void read_run_of_tiles(const Row<T>& row, float scale, int begin, int end, TileMass* tiles) {
   const unsigned shift = row.run.shift();
-  constexpr bool kAhead = sizeof(T) == 2;
-  TileInFlight<T> flight;
+  TileInFlight<T, kAligned> flight{};
   int t = begin + warp_of();
-  if (kAhead && t < end) flight.fetch(row, t, shift);
+  if (t < end) flight.fetch(row, t, shift);
 #pragma unroll 1
   for (; t < end; t += kWarps) {
     float x[kLaneColumns];
-    if (!kAhead) flight.fetch(row, t, shift);
     flight.get(row, t, shift, x);
-    if (kAhead && t + kWarps < end) flight.fetch(row, t + kWarps, shift);
+    if (t + kWarps < end) flight.fetch(row, t + kWarps, shift);
     measure_tile<T, kModel>(x, scale, tiles + t);
   }
+}
+
+// Tiles [begin, end) of a row into tiles[begin .. end), by the warps of a block.
+template <class T, bool kModel>
+__device__ void read_tiles(const Row<T>& row, float scale, int begin, int end, TileMass* tiles) {
+  if (row.run.shift() == 0)
+    read_run_of_tiles<T, kModel, true>(row, scale, begin, end, tiles);
+  else
+    read_run_of_tiles<T, kModel, false>(row, scale, begin, end, tiles);
+}
+
+// 1 / T, and what it makes of an exponent. Of the host's making: a kernel then has them for nothing, beside its other arguments.
+struct Temperature {
+  double inverse;
+  float scale;         // log2(e) / T
+  double exact_scale;
+};
+
+static inline Temperature temperature_of(double t) {
+  const double inverse = inverse_temperature(t);
+  return {inverse, static_cast<float>(inverse * kLog2EInDouble), inverse * kLog2EInDouble};
 }
 
 // What a row's tiles come to.
@@ -248,11 +314,14 @@ struct Plan {
   size_t scratch;    // bytes, for the tiles of all rows
 };
 
+// Bytes of shared memory that any kernel over rows has beside the tiles, and some.
+constexpr int64_t kStaticShared = 8 << 10;
+
 static inline Plan plan_rows(int64_t rows, int64_t vocab) {
   const int64_t n = num_tiles(vocab), most = (n + kWarps - 1) / kWarps;
   const int64_t bytes = n * static_cast<int64_t>(sizeof(TileMass));
   const int64_t blocks = 4 * static_cast<int64_t>(device_attribute(cudaDevAttrMultiProcessorCount));
-  const bool fits = bytes <= device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 2048;
+  const bool fits = bytes <= device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kStaticShared;
   int64_t parts = rows > 0 ? blocks / rows : 1;
   parts = parts < 1 ? 1 : parts > most ? most : parts;
   Plan plan{Phase::kWhole, 1, fits ? static_cast<size_t>(bytes) : 0, 0};

@@ -55,7 +55,7 @@ template <class Kernel, class... Args>
 void launch_kernel(const char* name, Kernel kernel, const Shape& shape, cudaStream_t, Args... args) {
   auto body = [=] { kernel(args...); };
   const auto run = [](void* b) { (*static_cast<decltype(body)*>(b))(); };
-  launch({name, shape.grid, shape.block, shape.dynamic_shared, shape.is_cooperative, run, &body});
+  launch({name, reinterpret_cast<const void*>(kernel), shape.grid, shape.block, shape.dynamic_shared, shape.is_cooperative, run, &body});
 }
 
 template <class T>
@@ -244,13 +244,12 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cudaSuccess;
 }
 template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int bytes) {
+  emulator::allow_shared(reinterpret_cast<const void*>(kernel), bytes);
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* to, int byte, size_t bytes, cudaStream_t) {
   std::memset(to, byte, bytes);
   return cudaSuccess;
 }
-inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : "the emulator refused or stopped a kernel";
-}
+inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : emulator::sentence(); }

@@ -1,4 +1,4 @@
-// Memory for kernels under sanitizers: exact allocations, outputs that show what was not written, and rows with gaps between them.
+// Memory for kernels under sanitizers: exact allocations, outputs that show what was not written, rows with gaps between them.
 #pragma once
 
 #include <cmath>
@@ -17,7 +17,7 @@
 
 #include "tiles.h"
 
-// AddressSanitizer's, in a program that is linked with it. This file's own code need not be compiled for it: it is the kernels that are watched.
+// AddressSanitizer's, in a program that is linked with it. This code is not compiled for it: it is the kernels that are watched.
 extern "C" [[gnu::weak]] void __asan_poison_memory_region(const volatile void* at, size_t size);
 extern "C" [[gnu::weak]] void __asan_unpoison_memory_region(const volatile void* at, size_t size);
 
@@ -90,12 +90,17 @@ T from(double x) {
 }
 
 template <class T>
-constexpr DType kDType = sizeof(T) == 4 ? DType::kFloat32 : std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16;
+constexpr DType kDType = sizeof(T) == 4              ? DType::kFloat32
+                         : std::is_same_v<T, __half> ? DType::kFloat16
+                                                     : DType::kBFloat16;
 // Elements of sixteen bytes: the offsets at which a row may begin, as far as its loads care.
 template <class T>
 constexpr int kOffsets = 16 / static_cast<int>(sizeof(T));
 template <class T>
-constexpr const char* kName = sizeof(T) == 8 ? "double" : sizeof(T) == 4 ? "float" : std::is_same_v<T, __half> ? "half" : "bf16";
+constexpr const char* kName = sizeof(T) == 8              ? "double"
+                              : sizeof(T) == 4            ? "float"
+                              : std::is_same_v<T, __half> ? "half"
+                                                          : "bf16";
 
 // n elements in an allocation of that size, at a multiple of sixteen bytes. Not written yet.
 template <class T>
@@ -141,8 +146,8 @@ class Buffer {
   int64_t size_;
 };
 
-// Rows of `vocab` elements with gaps between them and `lead` elements before the first. Nothing else of it may be touched, nor is it
-// written: it holds what Buffer puts there, or NaN.
+// Rows of `vocab` elements with gaps between them and `lead` elements before the first. Gaps may not be touched: they hold what
+// Buffer puts there, or NaN.
 template <class T>
 class Matrix {
  public:
@@ -170,7 +175,8 @@ class Matrix {
     memory_.permit(0, memory_.size());
     for (int64_t i = 0; i < memory_.size(); ++i) {
       const int64_t at = i - lead_;
-      if (at < 0 || at % stride_ >= vocab_) expect(!memory_.is_written(i), "%s: written between rows, at %ld", name, static_cast<long>(at));
+      if (at < 0 || at % stride_ >= vocab_)
+        expect(!memory_.is_written(i), "%s: written between rows, at %ld", name, static_cast<long>(at));
     }
   }
 
@@ -194,9 +200,14 @@ inline std::vector<float> make_row_of(Content content, int64_t vocab, Random& ra
   std::vector<float> x(vocab);
   for (float& v : x) {
     switch (content) {
-      case Content::kTies: v = static_cast<float>(random.below(4)); break;
-      case Content::kWide: v = static_cast<float>(random.normal() * 1e4); break;
-      default: v = static_cast<float>(3 * random.normal());
+      case Content::kTies:
+        v = static_cast<float>(random.below(4));
+        break;
+      case Content::kWide:
+        v = static_cast<float>(random.normal() * 1e4);
+        break;
+      default:
+        v = static_cast<float>(3 * random.normal());
     }
     if (random.below(16) == 0 || content == Content::kNothing) v = -std::numeric_limits<float>::infinity();
   }
@@ -206,7 +217,7 @@ inline std::vector<float> make_row_of(Content content, int64_t vocab, Random& ra
   return x;
 }
 
-// How much is run. kFew is for ThreadSanitizer, where a block takes a quarter of a second; kSome, one dtype, is for further orders.
+// How much is run. kFew is for ThreadSanitizer, where a block takes a tenth of a second; kSome, one dtype, is for further orders.
 enum class Size { kFew, kSome, kMany };
 
 void run_sampling(Size size);

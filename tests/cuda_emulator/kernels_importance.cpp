@@ -13,8 +13,8 @@ namespace {
 constexpr double kInfinity = std::numeric_limits<double>::infinity(), kNan = std::numeric_limits<double>::quiet_NaN();
 
 template <class T>
-constexpr Real kReal = sizeof(T) == 8   ? Real::kFloat64
-                       : sizeof(T) == 4 ? Real::kFloat32
+constexpr Real kReal = sizeof(T) == 8              ? Real::kFloat64
+                       : sizeof(T) == 4            ? Real::kFloat32
                        : std::is_same_v<T, __half> ? Real::kFloat16
                                                    : Real::kBFloat16;
 
@@ -25,8 +25,10 @@ template <class T>
 class Strided {
  public:
   Strided(const Table& from, int64_t column_step, int64_t gap)
-      : step_(column_step), stride_(static_cast<int64_t>(from[0].size()) * column_step + gap),
-        memory_((static_cast<int64_t>(from.size()) - 1) * stride_ + (static_cast<int64_t>(from[0].size()) - 1) * column_step + 1) {
+      : step_(column_step),
+        stride_(static_cast<int64_t>(from[0].size()) * column_step + gap),
+        memory_((static_cast<int64_t>(from.size()) - 1) * stride_ + (static_cast<int64_t>(from[0].size()) - 1) * column_step +
+                1) {
     for (int64_t i = 0; i < memory_.size(); ++i) memory_[i] = exact::from<T>(kNan);
     for (size_t r = 0; r < from.size(); ++r)
       for (size_t c = 0; c < from[r].size(); ++c) memory_[r * stride_ + c * step_] = exact::from<T>(from[r][c]);
@@ -45,7 +47,6 @@ class Strided {
   Buffer<T> memory_;
 };
 
-// A row of zeros behind the good ones is the place of what makes a row bad.
 Table table_of(int64_t batch, int64_t n, double scale, Random& random) {
   Table table(batch, std::vector<double>(n));
   for (auto& row : table)
@@ -67,12 +68,13 @@ struct Keys {
   Streams streams() { return {seed.data(), 1, offset.data(), offset.size() == 1 ? 0 : 1}; }
 };
 
-// --- select_candidate -------------------------------------------------------------------------------------------------------------
+// --- select_candidate ----------------------------------------------------------------------------------------------------------
 
 struct Selected {
   Buffer<int64_t> index, invalid;
   Buffer<float> log_weights, ess, log_z, loo;
-  explicit Selected(int64_t batch, int64_t n) : index(batch), invalid(1), log_weights(batch * n), ess(batch), log_z(batch), loo(batch * n) {}
+  explicit Selected(int64_t batch, int64_t n)
+      : index(batch), invalid(1), log_weights(batch * n), ess(batch), log_z(batch), loo(batch * n) {}
 };
 
 void check_selected(Selected& out, int64_t b, const std::vector<double>& log_weight, bool is_greedy, double u) {
@@ -102,14 +104,16 @@ void check_selected(Selected& out, int64_t b, const std::vector<double>& log_wei
     for (int64_t j = 0; j < n; ++j) top = j == i ? top : std::max(top, log_weight[j]);
     for (int64_t j = 0; j < n; ++j) others += j == i ? 0.0 : std::exp(log_weight[j] - top);
     const double loo = is_greedy || n == 1 ? kNan : top == -kInfinity ? -kInfinity : top + std::log(others) - std::log(n - 1);
-    expect(is_near(out.loo[b * n + i], loo, 1e-5, 1e-5), "row %ld: without %ld, log z is %g for %g", long(b), long(i), out.loo[b * n + i], loo);
+    expect(is_near(out.loo[b * n + i], loo, 1e-5, 1e-5), "row %ld: without %ld, log z is %g for %g", long(b), long(i),
+           out.loo[b * n + i], loo);
   }
 }
 
 template <class T>
 void select(int64_t batch, int64_t n, double temperature, bool has_correction, bool is_bad, double scale) {
-  present = std::string("select, ") + kName<T> + ", " + std::to_string(batch) + " x " + std::to_string(n) + ", T = " + std::to_string(temperature) +
-            (has_correction ? ", corrected" : "") + (is_bad ? ", bad rows" : "") + ", scale " + std::to_string(scale);
+  present = std::string("select, ") + kName<T> + ", " + std::to_string(batch) + " x " + std::to_string(n) +
+            ", T = " + std::to_string(temperature) + (has_correction ? ", corrected" : "") + (is_bad ? ", bad rows" : "") +
+            ", scale " + std::to_string(scale);
   Random random(static_cast<uint64_t>(n));
   Table energies = table_of(batch, n, scale, random);
   if (n > 2) energies[0][n / 2] = kInfinity;  // impossible, and not bad
@@ -128,7 +132,8 @@ void select(int64_t batch, int64_t n, double temperature, bool has_correction, b
   args.candidates = n, args.temperature = temperature;
   args.log_candidates = std::log(n), args.log_others = std::log(n - 1);
   args.streams = keys.streams();
-  args.index = out.index.data(), args.log_weights = out.log_weights.data(), args.ess = out.ess.data(), args.log_z = out.log_z.data();
+  args.index = out.index.data(), args.log_weights = out.log_weights.data(), args.ess = out.ess.data(),
+  args.log_z = out.log_z.data();
   args.log_z_loo = out.loo.data();
   expect_launched(edlm_cuda_select(&args, batch, out.invalid.data(), nullptr));
   out.index.expect_written("index");
@@ -156,7 +161,7 @@ void select(int64_t batch, int64_t n, double temperature, bool has_correction, b
   expect(out.invalid[0] == report, "%ld is reported for %ld", long(out.invalid[0]), long(report));
 }
 
-// --- resample ---------------------------------------------------------------------------------------------------------------------
+// --- resample ------------------------------------------------------------------------------------------------------------------
 
 // The particle that a uniform in [0, 1) of the whole points at.
 int64_t pick(const std::vector<double>& prefix, double u) {
@@ -216,16 +221,18 @@ void resample(int64_t batch, int64_t n, Scheme scheme, double scale) {
     if (!is_fit) report = b, row.assign(n, 0.0);
     const std::vector<int64_t> wanted = ancestors_of(row, scheme, keys, b);
     for (int64_t i = 0; i < n; ++i)
-      expect(ancestors[b * n + i] == wanted[i], "row %ld: ancestor %ld is %ld for %ld", long(b), long(i), long(ancestors[b * n + i]), long(wanted[i]));
+      expect(ancestors[b * n + i] == wanted[i], "row %ld: ancestor %ld is %ld for %ld", long(b), long(i),
+             long(ancestors[b * n + i]), long(wanted[i]));
   }
   expect(invalid[0] == report, "%ld is reported for %ld", long(invalid[0]), long(report));
 }
 
-// --- reverse_step -----------------------------------------------------------------------------------------------------------------
+// --- reverse_step --------------------------------------------------------------------------------------------------------------
 
 template <class T>
 void reverse(int64_t batch, int64_t length, int64_t candidates, bool is_bad) {
-  present = std::string("reverse, ") + kName<T> + ", " + std::to_string(batch) + " x " + std::to_string(length) + (is_bad ? ", bad rows" : "");
+  present = std::string("reverse, ") + kName<T> + ", " + std::to_string(batch) + " x " + std::to_string(length) +
+            (is_bad ? ", bad rows" : "");
   Random random(static_cast<uint64_t>(length));
   // Columns are two elements apart, and all there is behind the last is its own.
   const auto extent = [&](int64_t rows) { return (rows * length - 1) * 2 + 1; };
@@ -250,7 +257,8 @@ void reverse(int64_t batch, int64_t length, int64_t candidates, bool is_bad) {
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t k = std::clamp<int64_t>(index[2 * b], 0, candidates - 1);
     for (int64_t l = 0; l < length; ++l) {
-      const int64_t at = 2 * (b * length + l), wanted = open_time[at] >= s[s.size() == 1 ? 0 : b] ? x0[2 * ((b * candidates + k) * length + l)] : xt[at];
+      const int64_t at = 2 * (b * length + l),
+                    wanted = open_time[at] >= s[s.size() == 1 ? 0 : b] ? x0[2 * ((b * candidates + k) * length + l)] : xt[at];
       expect(xs[b * length + l] == wanted, "(%ld, %ld) is %ld for %ld", long(b), long(l), long(xs[b * length + l]), long(wanted));
     }
   }

@@ -46,15 +46,23 @@ template <class T>
 class Launch {
  public:
   Launch(const Task& task, const char* what)
-      : task_(task), n_(static_cast<int64_t>(task.rows.size())), vocab_(static_cast<int64_t>(task.rows[0].size())),
-        rows_(rounded<T>(task.rows)), logits_(n_, vocab_, task.lead, task.gap), tokens_(n_ * task.num_tokens), forbidden_(task.forbidden),
-        log_probs_(n_ * task.num_tokens), stats_(2 * n_), grad_(n_ * task.num_tokens) {
+      : task_(task),
+        n_(static_cast<int64_t>(task.rows.size())),
+        vocab_(static_cast<int64_t>(task.rows[0].size())),
+        rows_(rounded<T>(task.rows)),
+        logits_(n_, vocab_, task.lead, task.gap),
+        tokens_(n_ * task.num_tokens),
+        forbidden_(task.forbidden),
+        log_probs_(n_ * task.num_tokens),
+        stats_(2 * n_),
+        grad_(n_ * task.num_tokens) {
     present = std::string(what) + ", " + kName<T> + ", V = " + std::to_string(vocab_) + ", " + std::to_string(n_) + " rows, " +
               std::to_string(task.lead) + " before them, T = " + std::to_string(task.temperature);
     logits_.set(task.rows);
     // An id twice, the last column, further ones; in the row before the last an id that is none.
     for (int64_t r = 0; r < n_; ++r)
-      for (int64_t k = 0; k < task.num_tokens; ++k) tokens_[r * task.num_tokens + k] = (k < 2 ? 0 : vocab_ - 1 - (k - 2) * 7 % vocab_);
+      for (int64_t k = 0; k < task.num_tokens; ++k)
+        tokens_[r * task.num_tokens + k] = (k < 2 ? 0 : vocab_ - 1 - (k - 2) * 7 % vocab_);
     if (n_ > 3) tokens_[(n_ - 1) * task.num_tokens - 1] = n_ % 2 ? -1 : vocab_;
     args_.logits = logits_.data(), args_.dtype = kDType<T>;
     args_.length = task.length, args_.batch = n_ / task.length, args_.vocab = vocab_;
@@ -75,7 +83,8 @@ class Launch {
     for (int64_t r = n_ - 1; r >= 0; --r) {
       const Softmax row(rows_[r], task_.forbidden, task_.temperature);
       const double log_sum = std::log(row.sum);
-      expect(is_near(stats_[2 * r + 1], log_sum, 1e-5, 1e-5), "row %ld: log of the sum %g for %g", long(r), stats_[2 * r + 1], log_sum);
+      expect(is_near(stats_[2 * r + 1], log_sum, 1e-5, 1e-5), "row %ld: log of the sum %g for %g", long(r), stats_[2 * r + 1],
+             log_sum);
       if (!std::isnan(log_sum)) expect(stats_[2 * r] == row.max, "row %ld: maximum %g for %g", long(r), stats_[2 * r], row.max);
       std::vector<uint32_t> all{bits(stats_[2 * r]), bits(stats_[2 * r + 1])};
       for (int64_t k = 0; k < task_.num_tokens; ++k) {
@@ -123,9 +132,11 @@ class Launch {
     double total = 0;
     for (const float g : task_.grad[r]) total += g;
     std::vector<double> wanted(vocab_);
-    for (int64_t c = 0; c < vocab_; ++c) wanted[c] = -total / task_.temperature * std::exp((row.x[c] - row.max) / task_.temperature) / row.sum;
+    for (int64_t c = 0; c < vocab_; ++c)
+      wanted[c] = -total / task_.temperature * std::exp((row.x[c] - row.max) / task_.temperature) / row.sum;
     for (int64_t k = 0; k < task_.num_tokens; ++k)
-      if (const int64_t id = tokens_[r * task_.num_tokens + k]; id >= 0 && id < vocab_) wanted[id] += task_.grad[r][k] / task_.temperature;
+      if (const int64_t id = tokens_[r * task_.num_tokens + k]; id >= 0 && id < vocab_)
+        wanted[id] += task_.grad[r][k] / task_.temperature;
     for (const int64_t id : task_.forbidden)
       if (id >= 0 && id < vocab_) wanted[id] = 0;
     if (is_zero(r)) wanted.assign(vocab_, 0.0);
@@ -170,17 +181,25 @@ void run_alike(int64_t vocab, double temperature) {
     expect(r + 2 == task.rows.size() || whole.gathered[r] == whole.gathered[0], "row %zu differs in its bits from the first", r);
   task.rows.resize(1);
   for (task.lead = 0; task.lead < kOffsets<T>; task.lead += vocab > 5000 ? 3 : 1)
-    expect(run<T>(task, "gather, alone").gathered[0] == whole.gathered[0], "a row alone differs in its bits from one among others");
+    expect(run<T>(task, "gather, alone").gathered[0] == whole.gathered[0],
+           "a row alone differs in its bits from one among others");
 }
 
 // Rows of every kind, excluded columns, gradients of some.
 template <class T>
 void run_mixed(int64_t vocab, double temperature, bool is_in_place) {
   Random random(static_cast<uint64_t>(vocab) + 1);
-  Task task{.rows = {}, .length = is_in_place ? 1 : 3, .num_tokens = is_in_place ? 1 : 4, .lead = 1, .gap = 2, .out_lead = 3, .out_gap = 1};
+  Task task{.rows = {},
+            .length = is_in_place ? 1 : 3,
+            .num_tokens = is_in_place ? 1 : 4,
+            .lead = 1,
+            .gap = 2,
+            .out_lead = 3,
+            .out_gap = 1};
   task.temperature = temperature;
   task.forbidden = {vocab - 1, -1, vocab / 2, vocab, vocab / 2};
-  constexpr Content contents[] = {Content::kNormal, Content::kTies, Content::kNan, Content::kNormal, Content::kInfinite, Content::kNothing};
+  constexpr Content contents[] = {Content::kNormal, Content::kTies,     Content::kNan,
+                                  Content::kNormal, Content::kInfinite, Content::kNothing};
   for (const Content content : contents) task.rows.push_back(make_row_of(content, vocab, random));
   run<T>(task, "gather, mixed");
   for (auto& row : task.rows) row = make_row_of(Content::kNormal, vocab, random);
@@ -191,7 +210,8 @@ void run_mixed(int64_t vocab, double temperature, bool is_in_place) {
   for (size_t r = 0; r < 6; ++r)
     for (float& g : task.grad[r]) g = r == 1 ? 0.0f : static_cast<float>(random.normal());
   const Results apart = run<T>(task, "backward, mixed");
-  if (is_in_place) expect(run<T>(task, "backward, in place", true).grads == apart.grads, "in place, gradients differ in their bits");
+  if (is_in_place)
+    expect(run<T>(task, "backward, in place", true).grads == apart.grads, "in place, gradients differ in their bits");
 }
 
 // Logits and gradients at all pairs of offsets.
@@ -215,7 +235,8 @@ void run_offsets(int64_t vocab) {
 // A vocabulary in chunks, each folded into what the others have left.
 void run_fold(const std::vector<int64_t>& chunks) {
   Random random(chunks.size());
-  constexpr Content contents[] = {Content::kNormal, Content::kTies, Content::kNan, Content::kWide, Content::kInfinite, Content::kNothing};
+  constexpr Content contents[] = {Content::kNormal, Content::kTies,     Content::kNan,
+                                  Content::kWide,   Content::kInfinite, Content::kNothing};
   constexpr int64_t kRows = 6;
   present = "fold";
   int64_t vocab = 0;
@@ -248,7 +269,8 @@ void run_fold(const std::vector<int64_t>& chunks) {
     const double sum = contents[r] == Content::kNothing ? 0.0 : row.sum;
     expect(is_near(running[3 * r + 1], sum, 0, 1e-5), "row %ld: sum %g for %g", long(r), running[3 * r + 1], sum);
     expect(std::isnan(sum) || running[3 * r] == row.max, "row %ld: maximum %g for %g", long(r), running[3 * r], row.max);
-    expect(is_near(running[3 * r + 2], row.x[token_of(r)], 0, 0), "row %ld: the token's logit is %g", long(r), running[3 * r + 2]);
+    expect(is_near(running[3 * r + 2], row.x[token_of(r)], 0, 0), "row %ld: the token's logit is %g", long(r),
+           running[3 * r + 2]);
   }
 }
 

@@ -5,7 +5,7 @@
 
 extern "C" void emulator_schedule(int order, uint64_t seed);
 
-// Which of the faults that test_kernels_sanitized.py writes into a copy of the kernels is there. The kernels themselves have none.
+// Which of the faults is there that test_kernels_sanitized.py writes into a copy of the kernels. The kernels have none.
 extern "C" int seeded_fault;
 int seeded_fault = 0;
 

@@ -20,8 +20,8 @@ struct Way {
 };
 
 constexpr Way kWays[] = {
-    {"plain", 1.0, 0, 1.0, 0.0},  {"tempered", 0.7, 0, 1.0, 0.0}, {"greedy", 0.0, 3, 0.5, 0.5},  {"top-k", 1.0, 5, 1.0, 0.0},
-    {"top-p", 1.3, 0, 0.85, 0.0}, {"min-p", 1.0, 0, 1.0, 0.05},   {"all", 0.8, 20, 0.9, 0.02}, {"one", 1.0, 1, 1e-6, 1.0},
+    {"plain", 1.0, 0, 1.0, 0.0},  {"tempered", 0.7, 0, 1.0, 0.0}, {"greedy", 0.0, 3, 0.5, 0.5}, {"top-k", 1.0, 5, 1.0, 0.0},
+    {"top-p", 1.3, 0, 0.85, 0.0}, {"min-p", 1.0, 0, 1.0, 0.05},   {"all", 0.8, 20, 0.9, 0.02},  {"one", 1.0, 1, 1e-6, 1.0},
 };
 
 // What a launch is asked for; rows are (b, l), l < length.
@@ -71,7 +71,9 @@ Law law_of(std::vector<double> x, const Way& way) {
   const bool is_filtered = way.top_k > 0 || way.top_p < 1 || way.min_p > 0;
   if (is_filtered) std::stable_sort(kept.begin(), kept.end(), [&](int64_t a, int64_t b) { return x[a] > x[b]; });
   const auto weight = [&](int64_t c) { return std::exp((x[c] - law.max) * inverse); };
-  const auto total_of = [&] { return std::accumulate(kept.begin(), kept.end(), 0.0, [&](double sum, int64_t c) { return sum + weight(c); }); };
+  const auto total_of = [&] {
+    return std::accumulate(kept.begin(), kept.end(), 0.0, [&](double sum, int64_t c) { return sum + weight(c); });
+  };
   if (way.top_k > 0 && way.top_k < static_cast<int64_t>(kept.size())) kept.resize(way.top_k);
   if (way.top_p < 1) {
     const double target = way.top_p * total_of();
@@ -100,7 +102,8 @@ bool points_at(double u, double begin, double end, double total) {
 template <class T>
 class Launch {
  public:
-  Launch(const Task& task, const SampleArgs& args, Buffer<int64_t>& tokens, Buffer<float>& log_probs, Buffer<float>* model_log_probs)
+  Launch(const Task& task, const SampleArgs& args, Buffer<int64_t>& tokens, Buffer<float>& log_probs,
+         Buffer<float>* model_log_probs)
       : task_(task), args_(args), tokens_(tokens), log_probs_(log_probs), model_(model_log_probs), rows_(rounded<T>(task.rows)) {}
 
   // Looks at a row's draws, and returns the code that it is to report.
@@ -139,8 +142,10 @@ class Launch {
       }
       const double inverse = task_.way.temperature == 0 ? 1.0 : 1.0 / task_.way.temperature, d = law.x[id] - law.max;
       const double wanted = args_.temperature == 0 ? 0.0 : d * inverse - law.log_total, wanted_model = d - law.log_model_total;
-      expect(is_near(log_prob, wanted, 1e-5, 1e-5) && log_prob <= 0, "row %ld: log-probability %g for %g", long(r), log_prob, wanted);
-      expect(is_near(model, wanted_model, 1e-5, 1e-5) && model <= 0, "row %ld: the model's %g for %g", long(r), model, wanted_model);
+      expect(is_near(log_prob, wanted, 1e-5, 1e-5) && log_prob <= 0, "row %ld: log-probability %g for %g", long(r), log_prob,
+             wanted);
+      expect(is_near(model, wanted_model, 1e-5, 1e-5) && model <= 0, "row %ld: the model's %g for %g", long(r), model,
+             wanted_model);
       if (args_.temperature == 0) {
         expect(id == law.argmax, "row %ld: %ld for the largest, %ld", long(r), long(id), long(law.argmax));
       } else {
@@ -157,7 +162,8 @@ class Launch {
     expect(law.mass[id] > 0, "row %ld: %ld cannot be drawn", long(r), long(id));
     expect(points_at(u.first, law.before[first], law.before[end], law.before[args_.vocab]) || args_.vocab <= kTile,
            "row %ld: tile %ld is not where the first uniform points", long(r), long(tile));
-    expect(points_at(u.second, law.before[id] - law.before[first], law.before[id + 1] - law.before[first], law.before[end] - law.before[first]),
+    expect(points_at(u.second, law.before[id] - law.before[first], law.before[id + 1] - law.before[first],
+                     law.before[end] - law.before[first]),
            "row %ld: %ld is not where the second uniform points", long(r), long(id));
   }
 
@@ -186,7 +192,8 @@ std::vector<Draws> sample(const Task& task, const char* what) {
   logits.set(task.rows);
   args.logits = logits.data();
   args.stride_l = logits.stride(), args.stride_b = task.length * logits.stride();
-  Buffer<int64_t> seed(args.batch), offset(has_offsets ? args.batch : 1), xt(task.xt), forbidden(task.forbidden), position(task.position);
+  Buffer<int64_t> seed(args.batch), offset(has_offsets ? args.batch : 1), xt(task.xt), forbidden(task.forbidden),
+      position(task.position);
   Buffer<char> active(task.active);
   for (int64_t b = 0; b < args.batch; ++b) seed[b] = task.is_alike ? 11 : 1000003 * b + 7;
   for (int64_t b = 0; b < offset.size(); ++b) offset[b] = 5 + b;
@@ -252,7 +259,7 @@ template <class T>
 void sample_mixed(const Way& way, int64_t vocab, int64_t mask) {
   Random random(static_cast<uint64_t>(vocab) + 1);
   Task task{.way = way, .rows = {}, .length = 3, .draws = 2, .lead = 1, .gap = 3, .mask = mask};
-  constexpr Content contents[] = {Content::kNormal, Content::kTies, Content::kNan,    Content::kNormal, Content::kWide,
+  constexpr Content contents[] = {Content::kNormal, Content::kTies,     Content::kNan,     Content::kNormal, Content::kWide,
                                   Content::kNormal, Content::kInfinite, Content::kNothing, Content::kTies};
   for (const Content content : contents) task.rows.push_back(make_row_of(content, vocab, random));
   task.xt = {mask, 0, mask, vocab, mask, mask, mask, mask, mask};
@@ -286,12 +293,17 @@ void sample_short(const Way& way, int64_t vocab) {
   Task task{.way = way, .rows = {}, .draws = 2};
   for (int r = 0; r < 37; ++r) task.rows.push_back(make_row_of(r == 33 ? Content::kNan : Content::kTies, vocab, random));
   task.xt.assign(37, task.mask);
-  task.xt[31] = 0, task.xt[35] = -2;
+  task.xt[30] = 0, task.xt[35] = -2;
   sample<T>(task, "short");
 }
 
 template <class T>
 void sample_many(bool is_long_too) {
+  Random random(2);
+  Task often{.way = kWays[6],
+             .rows = {make_row_of(Content::kNormal, 700, random), make_row_of(Content::kTies, 700, random)},
+             .draws = 513};
+  sample<T>(often, "often");
   for (const Way& way : {kWays[0], kWays[1], kWays[2]})
     for (const int64_t vocab : {1, 27, 128}) sample_short<T>(way, vocab);
   for (const int64_t vocab : {1, 27, 128, 129, 511, 512, 513, 1025, 4100, 50258}) {
@@ -319,6 +331,9 @@ void sample_few() {
     task.xt = {task.mask, task.mask, 7, 5000, 7};
     sample<T>(task, "few");
   }
+  // More draws than a block has threads.
+  Task often{.way = kWays[0], .rows = {make_row_of(Content::kNormal, 700, random)}, .draws = 300};
+  sample<T>(often, "often");
   Task small{.way = kWays[1], .rows = {}};
   small.rows = {make_row_of(Content::kNormal, 27, random), make_row_of(Content::kNormal, 27, random)};
   sample<T>(small, "small");

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <deque>
+#include <map>
 #include <semaphore>
 #include <thread>
 
@@ -18,6 +19,7 @@ namespace {
 
 std::string error;
 cudaError_t code = cudaSuccess;
+std::map<const void*, size_t> allowed_shared;
 int64_t at_grid_barrier;
 
 dim3 index_of(uint64_t i) {
@@ -140,6 +142,10 @@ void grid_barrier(Site site) {
   to_scheduler();
 }
 
+void allow_shared(const void* function, size_t bytes) { allowed_shared[function] = bytes; }
+
+const char* sentence() { return error.c_str(); }
+
 void launch(const Launch& asked) {
   if (code != cudaSuccess) return;
   const auto refuse = [&](const char* why) {
@@ -152,6 +158,11 @@ void launch(const Launch& asked) {
   if (blocks == 0 || grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535)
     return refuse("a grid has 1 to 2^31 - 1, 65535 and 65535 blocks");
   if (asked.dynamic_shared > (227 << 10)) return refuse("more dynamic shared memory than a block may have (227 KiB)");
+  if (asked.dynamic_shared > (48 << 10)) {
+    const auto allowed = allowed_shared.find(asked.function);
+    if (allowed == allowed_shared.end() || allowed->second < asked.dynamic_shared)
+      return refuse("more than 48 KiB of dynamic shared memory, which were not asked for (cudaFuncSetAttribute)");
+  }
   if (asked.is_cooperative && blocks > 64) return refuse("a cooperative grid has up to 64 blocks here");
 #if defined(EMULATOR_ASAN)
   if (asked.is_cooperative) return refuse("not cooperative under AddressSanitizer, where blocks have one shared memory");

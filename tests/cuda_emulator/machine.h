@@ -57,6 +57,7 @@ void copy_wait(size_t but);
 
 struct Launch {
   const char* kernel;
+  const void* function;
   dim3 grid, block_size;
   size_t dynamic_shared;
   bool is_cooperative;
@@ -64,6 +65,9 @@ struct Launch {
   void* body;
 };
 void launch(const Launch& asked);
+// More than 48 KiB of dynamic shared memory must be asked for, kernel by kernel.
+void allow_shared(const void* function, size_t bytes);
+const char* sentence();
 cudaError_t take_error();
 
 }  // namespace emulator

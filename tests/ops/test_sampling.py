@@ -18,7 +18,7 @@ from edlm.ops.sampling import _sample_candidates_reference, _sample_categorical_
 from exact import g_test
 
 NO_IDS = torch.empty(0, dtype=torch.int64)
-EDGES = [1, 2, 27, 63, 64, 65, 511, 512, 513, 1025, 50257, 151643]
+EDGES = [1, 2, 27, 63, 64, 65, 127, 128, 129, 511, 512, 513, 1025, 50257, 151643]
 
 
 def reference(logits, num_samples, *, temperature=1.0, forbidden=NO_IDS, seed=0, position=0, offset=0, filters=(0, 1.0, 0.0)):

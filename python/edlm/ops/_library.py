@@ -244,7 +244,10 @@ def deferred_checks(enabled: bool = True) -> Iterator[Reports]:
         ValueError: at the end, what the first op with a bad row would have raised. Not where the block itself raises.
     """
     reports = Reports()
-    token = _deferred.set(reports if enabled else None)
+    if not enabled:
+        yield reports
+        return
+    token = _deferred.set(reports)
     try:
         yield reports
     finally:
