@@ -26,11 +26,11 @@ struct Histogram {
 struct Weights {
   bool by_mass;
   double max, inverse;  // of the softmax
-  double unit;          // whole numbers a unit of mass
+  double unit, per_unit;  // whole numbers a unit of mass, a power of two; and one over it
 
   __device__ double mass_of(float x) const { return exp((static_cast<double>(x) - max) * inverse); }
   __device__ unsigned long long whole(float x) const { return static_cast<unsigned long long>(mass_of(x) * unit + 0.5); }
-  __device__ double in_bin(const Histogram& h, int bin) const { return by_mass ? static_cast<double>(h.mass[bin]) / unit : h.count[bin]; }
+  __device__ double in_bin(const Histogram& h, int bin) const { return by_mass ? static_cast<double>(h.mass[bin]) * per_unit : h.count[bin]; }
 };
 
 // Keys above `key`, and the first `ties` columns whose key it is.
@@ -193,7 +193,7 @@ __device__ void filter_row(const SampleArgs& args, Row<T>* row, TileMass* tiles,
   const int vocab = row->run.size;
   int bits = 0;
   while ((int64_t{1} << bits) < vocab) ++bits;
-  Weights softmax{true, max, inverse_temperature(args.temperature), ldexp(1.0, 62 - bits)}, counts = softmax;
+  Weights softmax{true, max, inverse_temperature(args.temperature), ldexp(1.0, 62 - bits), ldexp(1.0, bits - 62)}, counts = softmax;
   counts.by_mass = false;
   Cut cut{0, 0, 0};  // key 0 is below that of every number: all stay
   float depth = 0;   // of the lowest tile's maximum
@@ -207,7 +207,7 @@ __device__ void filter_row(const SampleArgs& args, Row<T>* row, TileMass* tiles,
     for_each_column(*row, tiles, n, cut.key == 0 ? kMinusInf : float_of(cut.key), [&](float x) {
       if (key_of(x) > cut.key) mass += softmax.whole(x);
     });
-    double total = static_cast<double>(block_sum(mass, board)) / softmax.unit;
+    double total = static_cast<double>(block_sum(mass, board)) * softmax.per_unit;
     if (cut.ties > 0) total += cut.ties * softmax.mass_of(float_of(cut.key));
     const Cut of_top_k = cut;
     // Columns further down weigh less than what may be cut off, all of them together.

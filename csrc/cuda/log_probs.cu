@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, 4) backward(const __grid_constant__ 
       } packed{};
 #pragma unroll
       for (int i = 0; i < kVec<T>; ++i) from_float(dx[i], &packed.at[i]);
-      *reinterpret_cast<uint4*>(out + first) = packed.all;
+      store(packed.all, out + first);
     } else {
 #pragma unroll
       for (int i = 0; i < kVec<T>; ++i)

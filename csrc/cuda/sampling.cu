@@ -132,7 +132,8 @@ __device__ Column draw_column(const Row<T>& row, const Place& place, double scal
   unsigned finite = 0;
   double sum = 0;
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) e[i] = row.at(first + i);
+  for (int i = 0; i < kEach; ++i) e[i] = first + i < row.run.size ? to_float(read(row.run.begin + first + i)) : kMinusInf;
+  row.exclude(first, e);
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     finite |= (e[i] > kMinusInf ? 1u : 0u) << i;
@@ -156,7 +157,7 @@ __device__ Column draw_column(const Row<T>& row, const Place& place, double scal
                  some = __ballot_sync(kAllLanes, finite != 0) >> shift & ours;
   const int from = hits ? __ffs(static_cast<int>(hits)) - 1 : 31 - __clz(static_cast<int>(some));
   const int id = __shfl_sync(kAllLanes, mine, from, kDrawLanes);
-  return {id, row.at(id)};
+  return {id, to_float(read(row.run.begin + id))};
 }
 
 // Draws from a row whose tiles are measured.

@@ -31,6 +31,23 @@ struct Row {
     return x;
   }
 
+  // Excluded ones of n neighbouring columns are -inf.
+  template <int n>
+  __device__ void exclude(int first, float (&x)[n]) const {
+    const auto without = [&](int64_t column) {
+#pragma unroll
+      for (int i = 0; i < n; ++i)
+        if (first + i == column) x[i] = kMinusInf;
+    };
+    without(mask);
+#pragma unroll 1
+    for (int i = 0; i < num_forbidden; ++i) without(forbidden[i]);
+    if (!is_cut) return;
+#pragma unroll
+    for (int i = 0; i < n; ++i)
+      if (!is_kept(first + i, x[i])) x[i] = kMinusInf;
+  }
+
   // One logit; -inf where it is excluded or there is none.
   __device__ float at(int column) const {
     return column < run.size ? without_excluded(column, to_float(read(run.begin + column))) : kMinusInf;

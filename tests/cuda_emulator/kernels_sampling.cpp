@@ -265,6 +265,7 @@ void sample_mixed(const Way& way, int64_t vocab, int64_t mask) {
   task.xt = {mask, 0, mask, vocab, mask, mask, mask, mask, mask};
   task.active = {1, 1, 1, 1, 1, 0, 1, 1, 1};
   for (const int64_t token : {vocab, int64_t{-1}, int64_t{1} << 40, vocab - 1}) {
+    if (token != vocab && &way != kWays) continue;
     task.xt[3] = token;
     sample<T>(task, "mixed");
   }
@@ -315,7 +316,7 @@ void sample_many(bool is_long_too) {
       if (!is_long) sample_forbidden<T>(way, vocab);
     }
     if (is_long) continue;
-    for (const Way& way : {kWays[0], kWays[2], kWays[6]}) sample_mixed<T>(way, vocab, vocab - 1);
+    for (const int way : {0, 2, 6}) sample_mixed<T>(kWays[way], vocab, vocab - 1);
     sample_mixed<T>(kWays[1], vocab, vocab + 3);
   }
 }

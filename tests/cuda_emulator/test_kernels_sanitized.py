@@ -156,7 +156,7 @@ def programs(build_emulated, tmp_path_factory):
     """(sanitizer, whether faults are written into the kernels) -> a program."""
     sources = {False: KERNELS, True: write_faults(tmp_path_factory.mktemp("faults"))}
     # What calls the kernels is compiled once, without a sanitizer, and linked into all four.
-    mains = build_emulated([], "kernels-mains.so", MAINS)
+    mains = build_emulated([], "kernels-mains.so", MAINS, more=("-g1",))
     objects = tuple(str(mains.parent / f"{mains.name}-{main.name}.o") for main in MAINS)
 
     def build_both(sanitize: str) -> dict[tuple[str, bool], Path]:
