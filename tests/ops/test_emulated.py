@@ -138,7 +138,10 @@ def test_one_read_of_the_logits(rows, k, vocab_size, dtype, emulated_ops):
     logits = torch.randn(rows, vocab_size).to(dtype)
     with counted(emulated_ops) as read, emulated_ops.installed():
         ops.sample_categorical(logits, k, seed=1)
-    once, again = rows * vocab_size * size, rows * max(k, 2) * 80 * size  # a warp makes two draws at a time, of 64 columns and 16 looks at one
+    once, again = (
+        rows * vocab_size * size,
+        rows * max(k, 2) * 80 * size,
+    )  # a warp makes two draws at a time, of 64 columns and 16 looks at one
     assert once * 0.99 <= read["distinct"] <= once + 32 * rows
     overlap = 1 if vocab_size * size % 16 == 0 else 2
     assert once * 0.99 <= read["requested"] <= overlap * once + again
