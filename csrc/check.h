@@ -28,7 +28,7 @@ inline std::string shape_of(const Tensor& tensor) {
   return text + "]";
 }
 
-// Whether this library's kernels may read a tensor.
+// Whether this library's kernels may read a tensor. Which of several GPUs it is on is compared in Python alone.
 inline bool is_here(const Tensor& tensor) {
 #if defined(EDLM_CUDA) && !defined(EDLM_EMULATED)
   return tensor.is_cuda();

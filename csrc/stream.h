@@ -76,8 +76,8 @@ namespace edlm {
 inline void check_grid([[maybe_unused]] const char* op, [[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t columns) {
 #if defined(EDLM_CUDA)
   const int64_t most = 0x7FFFFFFF;
-  if (rows > most || columns > most - 1024)
-    fail(op, ": expected at most 2^31 - 1 rows of at most 2^31 - 1025 columns on a GPU, got ", rows, " rows of ", columns,
+  if (rows > most || columns > most - 16384)
+    fail(op, ": expected at most 2^31 - 1 rows of at most 2^31 - 16385 columns on a GPU, got ", rows, " rows of ", columns,
          "; call it with fewer rows at a time");
 #endif
 }

@@ -27,11 +27,20 @@ static inline int device_attribute(cudaDeviceAttr attribute) {
   return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
 }
 
-// A kernel may have more than 48 KiB of dynamic shared memory only when it was asked for.
+// Bytes of static shared memory that no kernel here exceeds.
+constexpr int kStaticShared = 8 << 10;
+
+// A kernel may have more than 48 KiB of shared memory, static and dynamic, only when it was asked for. Always for as much as there is: two
+// threads that launch one kernel may not take it from each other.
 template <class Kernel>
 cudaError_t allow_shared(Kernel kernel, size_t bytes) {
-  if (bytes <= (48 << 10)) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (bytes <= (48 << 10) - kStaticShared) return cudaSuccess;
+  const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kStaticShared;
+  const cudaError_t error = static_cast<int64_t>(bytes) > most
+                                ? cudaErrorInvalidValue
+                                : cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (error != cudaSuccess) (void)cudaGetLastError();  // it is told here: the next launch has done nothing wrong
+  return error;
 }
 
 // The report of a launch: the smallest code of a bad row, -1 where all are good. As an unsigned number -1 is the largest.
@@ -40,7 +49,9 @@ __device__ inline void report(int64_t* invalid, int64_t code) {
 }
 
 static inline cudaError_t clear_report(int64_t* invalid, cudaStream_t stream) {
-  return cudaMemsetAsync(invalid, 0xFF, sizeof *invalid, stream);
+  const cudaError_t error = cudaMemsetAsync(invalid, 0xFF, sizeof *invalid, stream);
+  if (error != cudaSuccess) (void)cudaGetLastError();
+  return error;
 }
 
 }  // namespace edlm

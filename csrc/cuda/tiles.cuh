@@ -331,9 +331,6 @@ struct Plan {
   size_t scratch;    // bytes, for the tiles of all rows
 };
 
-// Bytes of shared memory that any kernel over rows has beside the tiles, and some.
-constexpr int64_t kStaticShared = 8 << 10;
-
 static inline Plan plan_rows(int64_t rows, int64_t vocab) {
   const int64_t n = num_tiles(vocab), most = (n + kWarps - 1) / kWarps;
   const int64_t bytes = n * static_cast<int64_t>(sizeof(TileMass));

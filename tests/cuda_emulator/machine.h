@@ -65,7 +65,7 @@ struct Launch {
   void* body;
 };
 void launch(const Launch& asked);
-// More than 48 KiB of dynamic shared memory must be asked for, kernel by kernel.
+// More than 48 KiB of shared memory must be asked for, kernel by kernel.
 void allow_shared(const void* function, size_t bytes);
 const char* sentence();
 cudaError_t take_error();

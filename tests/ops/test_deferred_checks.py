@@ -56,6 +56,25 @@ def test_status(device):
         assert reports.status().tolist() == [4 * 6 + 2, 2, 0, -1]
 
 
+def test_reports_keep_no_inputs_alive(device):
+    """A loop of a thousand steps must not hold a thousand steps' energies."""
+    import gc
+    import weakref
+
+    with deferred_checks():
+        inputs = [
+            torch.zeros(2, 3, device=device),
+            torch.zeros(2, 3, device=device),
+            torch.zeros(2, dtype=torch.int64, device=device),
+        ]
+        select_candidate(inputs[0], log_correction=inputs[1], seed=0)
+        gather_log_probs(inputs[0], inputs[2])
+        alive = [weakref.ref(x) for x in inputs]
+        inputs.clear()
+        gc.collect()
+        assert not any(ref() is not None for ref in alive)
+
+
 def test_good_rows_pass(device):
     with deferred_checks() as reports:
         assert reports.status().shape == (0,)

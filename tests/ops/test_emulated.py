@@ -41,6 +41,28 @@ def test_draws_equal_the_cpus(rows, vocab_size, k, dtype, temperature, emulated_
     torch.testing.assert_close(gpu.model_log_probs[equal], cpu.model_log_probs[equal], atol=2e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("vocab_size", [450_000, 480_000, 524_288, 2_457_700])
+def test_launches_near_the_limits_of_shared_memory(vocab_size, emulated_ops):
+    """40 KiB of tiles and more must be asked for, which the emulator checks; from some 4700 tiles on they stay in memory."""
+    logits, none = torch.randn(1, vocab_size), torch.empty(0, dtype=torch.int64)
+    want = [ops.sample_categorical(logits, 3, seed=1, **options) for options in ({}, {"temperature": 0.7}, {"top_k": 5})]
+    scores = ops.gather_log_probs(logits, want[0].tokens)
+    running = torch.full((1, 3), -torch.inf, dtype=torch.float64)
+    running[:, 1] = 0
+    with emulated_ops.installed():
+        for options, expected in zip(({}, {"temperature": 0.7}, {"top_k": 5}), want, strict=True):
+            assert torch.equal(ops.sample_categorical(logits, 3, seed=1, **options).tokens, expected.tokens)
+        torch.testing.assert_close(ops.gather_log_probs(logits, want[0].tokens), scores)
+        if vocab_size <= 1 << 20:  # the widest chunk that linear_log_probs makes
+            torch.ops.edlm.linear_fold(running, logits, want[0].tokens[:, 0].contiguous(), none)
+            log_prob = running[:, 2] - running[:, 0] - running[:, 1].log()
+            torch.testing.assert_close(log_prob.float(), scores[:, 0])
+        else:
+            with pytest.raises(RuntimeError, match="linear_fold: the GPU refused a kernel"):
+                torch.ops.edlm.linear_fold(running, torch.randn(1, 2_500_000), want[0].tokens[:, 0].contiguous(), none)
+            assert torch.equal(ops.sample_categorical(logits, 3, seed=1).tokens, want[0].tokens)  # nothing is left of that
+
+
 def test_installed_is_what_runs(emulated_ops):
     """The emulator counts reads: without this, the other tests might test the CPU's kernels twice. Afterwards, the CPU's run again."""
     logits = torch.randn(2, 700)

@@ -66,10 +66,10 @@ LOADED = _load()
 
 
 @functools.cache
-def _warn_of_references_on_cuda() -> None:
+def _warn_of_references_on_cuda(name: str) -> None:
     warnings.warn(
-        "edlm: no CUDA kernels were built; the pure-torch references run on the GPU instead (correct, and much slower). Install "
-        "with nvcc on PATH: pip install --no-build-isolation . -C cmake.define.EDLM_CUDA=ON ; `edlm info` tells what is there.",
+        f"edlm: no CUDA kernel of {name} was built; its pure-torch reference runs on the GPU instead (correct, and much slower). "
+        "Install with nvcc on PATH: pip install --no-build-isolation . -C cmake.define.EDLM_CUDA=ON ; `edlm info` tells what is there.",
         RuntimeWarning,
         stacklevel=4,
     )
@@ -85,7 +85,7 @@ def define_op(schema: str, reference: Callable, fake: Callable, made_of: str | N
 
     def run(*arguments: Any) -> Any:
         if made_of is None and any(isinstance(x, torch.Tensor) and x.is_cuda for x in arguments):
-            _warn_of_references_on_cuda()
+            _warn_of_references_on_cuda(name)
         # Inside an autocast region the reference's own products would be cast to bfloat16: nats over a sequence.
         with torch._C._DisableAutocast():
             return reference(*arguments)
@@ -234,8 +234,9 @@ def deferred_checks(enabled: bool = True) -> Iterator[Reports]:
 
     Outside, an op on a GPU waits for its own report, to raise where the fault is. What is bad writes no id that is out of range:
     token 0 with log-probability NaN, equal weights, a clamped index; so a loop may go on until its end. While a CUDA graph is
-    captured nothing can be waited for: there, an op outside of a ``deferred_checks`` is not checked at all. ``enabled=False``
-    changes nothing.
+    captured nothing can be waited for: there, an op outside of a ``deferred_checks`` is not checked at all; and since the end of a
+    ``deferred_checks`` waits, it must lie outside of the capture. Call an op once before it is captured, as with any kernel that is
+    loaded at its first call. ``enabled=False`` changes nothing.
 
     Yields:
         Reports: ``check()`` raises the first report so far, ``status()`` gives all codes.
@@ -255,8 +256,12 @@ def deferred_checks(enabled: bool = True) -> Iterator[Reports]:
     reports.check()
 
 
-def check_invalid(name: str, invalid: torch.Tensor, describe: Callable[[int], str]) -> None:
-    """Raise if a kernel reported a bad row: -1 is none. Inside a compiled graph the report becomes an assertion of the graph.
+def check_invalid(name: str, invalid: torch.Tensor, describe: Callable[..., str], *shown: torch.Tensor) -> None:
+    """Raise ``describe(code, *values)`` if a kernel reported a bad row: -1 is none. Inside a compiled graph the report becomes an
+    assertion of the graph.
+
+    ``shown``: tensors whose values in that row the message quotes. ``describe`` itself must hold no tensor: deferred reports would
+    keep it alive, step after step, and say "values not kept" instead.
 
     NOTE: reading the report of a CUDA op waits for the device: see ``deferred_checks``.
     """
@@ -265,10 +270,12 @@ def check_invalid(name: str, invalid: torch.Tensor, describe: Callable[[int], st
         return
     reports = _deferred.get()
     if reports is not None:
-        reports.add(name, invalid, describe)
+        unknown = ("values not kept",) * len(shown)
+        reports.add(name, invalid, lambda code: describe(code, *unknown))
         return
     if invalid.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     code = int(invalid)
     if code >= 0:
-        raise ValueError(f"{name}: {describe(code)}")
+        values = [x[code].tolist() for x in shown]
+        raise ValueError(f"{name}: {describe(code, *(shorten(v) if isinstance(v, list) else str(v) for v in values))}")

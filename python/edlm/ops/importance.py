@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._library import check_invalid, check_number, check_tensor, define_op, first_of, shorten
+from ._library import check_invalid, check_number, check_tensor, define_op, first_of
 from ._philox import Purpose, expand_offset, expand_seed, philox_uniform
 
 SCHEMES = ("systematic", "stratified", "multinomial", "residual")  # csrc/importance.h has the same order
@@ -156,12 +156,14 @@ def select_candidate(
     check_invalid(
         name,
         invalid,
-        lambda row: (
+        lambda row, values, *corrections: (
             "energy: expected finite energies, or +inf for some of the candidates, and log-weights that are finite too; got "
-            + f"{shorten(energy[row].tolist())} at temperature {temperature}"
-            + ("" if log_correction is None else f" with log_correction {shorten(log_correction[row].tolist())}")
+            + f"{values} at temperature {temperature}"
+            + "".join(f" with log_correction {c}" for c in corrections)
             + f" in sequence {row}"
         ),
+        energy,
+        *(() if log_correction is None else (log_correction,)),
     )
     return Selection(*result)
 
@@ -236,9 +238,8 @@ def resample(
     check_invalid(
         name,
         invalid,
-        lambda row: (
-            f"log_weights: expected finite numbers or -inf, one of them finite, got {shorten(log_weights[row].tolist())} in row {row}"
-        ),
+        lambda row, values: f"log_weights: expected finite numbers or -inf, one of them finite, got {values} in row {row}",
+        log_weights,
     )
     return ancestors
 
@@ -303,5 +304,5 @@ def reverse_step(
         check_number(name, "s", s)
         s = torch.full((1,), float(s), dtype=open_time.dtype, device=xt.device)
     xs, invalid = _reverse(xt, x0, index, open_time, s)
-    check_invalid(name, invalid, lambda row: f"index: expected indices in 0 .. {k - 1}, got {int(index[row])} in sequence {row}")
+    check_invalid(name, invalid, lambda row, at: f"index: expected indices in 0 .. {k - 1}, got {at} in sequence {row}", index)
     return xs

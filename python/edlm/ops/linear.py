@@ -246,7 +246,6 @@ def linear_log_probs(
     refuse_forward_mode(name, hidden, weight, bias)
     ids = forbidden_ids(name, forbidden, weight.shape[0], hidden.device)
     out, _, invalid = _linear(hidden, weight, tokens.contiguous(), bias, ids)
-    check_invalid(
-        name, invalid, lambda row: f"tokens: expected ids in 0 .. {weight.shape[0] - 1}, got {int(tokens[row])} in row {row}"
-    )
+    last = weight.shape[0] - 1
+    check_invalid(name, invalid, lambda row, value: f"tokens: expected ids in 0 .. {last}, got {value} in row {row}", tokens)
     return out

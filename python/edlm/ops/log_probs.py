@@ -21,7 +21,6 @@ from ._library import (
     forbidden_ids,
     refuse_forward_mode,
     register_backward,
-    shorten,
     unit_stride,
 )
 
@@ -167,8 +166,7 @@ def gather_log_probs(
     check_invalid(
         name,
         invalid,
-        lambda row: (
-            f"tokens: expected ids in 0 .. {vocab_size - 1}, got {shorten(at_rows.flatten(0, 1)[row].tolist())} in row {row}"
-        ),
+        lambda row, values: f"tokens: expected ids in 0 .. {vocab_size - 1}, got {values} in row {row}",
+        at_rows.flatten(0, 1),
     )
     return out.reshape(tokens.shape)
