@@ -111,7 +111,7 @@ FAULTS = {
         "address", ("sampling", "some", REVERSE), "wrong",
     ),
     "a report that is not cleared": Fault(
-        "launch.cuh", "return cudaMemsetAsync(", "return FAULT ? cudaSuccess : cudaMemsetAsync(",
+        "launch.cuh", "error = cudaMemsetAsync(", "error = FAULT ? cudaSuccess : cudaMemsetAsync(",
         "address", ("importance", "some", FORWARD), "wrong",
     ),
     "ties that all stay": Fault(

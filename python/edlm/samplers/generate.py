@@ -141,6 +141,10 @@ def generate(
         plan, longest = first_hitting(open_time, masked, window), int(masked.sum(1).max())
 
     stages, energy_nfe = _Stages(device), 0
+    seeds_there, open_time_there = (
+        seeds.to(device),
+        open_time.to(device),
+    )  # once: a copy of pageable memory may wait for the device
     step_times, ess, log_z = [], [], []
     history = [xt] if return_history else None
     # no_grad rather than inference_mode: what comes out may be trained on.
@@ -149,7 +153,7 @@ def generate(
         for step in tqdm(plan, desc="decode", total=longest, disable=not progress):
             live = step.live.to(device, non_blocking=True)
             x, t = xt[live], step.t.to(device, torch.float32, non_blocking=True)
-            seed_live = seeds[step.live].to(device, non_blocking=True)
+            seed_live = seeds_there[live]
             scored = step.in_window if count > 1 else torch.zeros_like(step.in_window)
             # An energy reads whole sequences; without one only what opens is ever used.
             active = torch.where(scored[:, None], step.masked, step.opening)
@@ -181,10 +185,8 @@ def generate(
                 index[rows] = selection.index
                 ess[-1][live[rows]], log_z[-1][live[rows]] = selection.ess, selection.log_Z
             with stages("reverse"):
-                opens_at = open_time[step.live].to(device, non_blocking=True)
-                xt = xt.index_copy(
-                    0, live, reverse_step(x, candidates.tokens, index, opens_at, step.s.to(device, non_blocking=True))
-                )
+                s = step.s.to(device, non_blocking=True)
+                xt = xt.index_copy(0, live, reverse_step(x, candidates.tokens, index, open_time_there[live], s))
             if history is not None:
                 history.append(xt)
     return SampleOutput(
