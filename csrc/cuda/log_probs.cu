@@ -158,23 +158,6 @@ __global__ void __launch_bounds__(kThreads, 4) backward(const __grid_constant__ 
 // --- launchers ------------------------------------------------------------------------------------------------------------------------
 
 template <class T>
-cudaError_t launch_gather(const LogProbArgs& args, TileMass* scratch, int64_t* invalid, cudaStream_t stream) {
-  const auto gather_kernel = gather<T>;
-  const int64_t rows = args.batch * args.length;
-  const Plan plan = plan_rows(rows, args.vocab);
-  const Temperature heat = temperature_of(args.temperature);
-  if (const cudaError_t error = allow_shared(gather_kernel, plan.shared); error != cudaSuccess) return error;
-  if (plan.first == Phase::kWhole) {
-    if (const cudaError_t error = clear_report(invalid, stream); error != cudaSuccess) return error;
-    LAUNCH(gather_kernel, grid_for(rows), dim3(kThreads), plan.shared, stream, args, heat, scratch, Phase::kWhole, 1, true, invalid);
-    return cudaGetLastError();
-  }
-  LAUNCH(gather_kernel, grid_for(rows * plan.parts), dim3(kThreads), 0, stream, args, heat, scratch, Phase::kMeasure, plan.parts, false, invalid);
-  LAUNCH(gather_kernel, grid_for(rows), dim3(kThreads), plan.shared, stream, args, heat, scratch, Phase::kFinish, 1, plan.shared > 0, invalid);
-  return cudaGetLastError();
-}
-
-template <class T>
 cudaError_t launch_backward(const LogProbArgs& args, cudaStream_t stream) {
   const auto backward_kernel = backward<T>;
   // One vector more than the row has: where it does not begin at a multiple of sixteen bytes.
@@ -192,9 +175,9 @@ extern "C" int edlm_cuda_gather(const LogProbArgs* args, void* scratch, int64_t*
   const auto on = static_cast<cudaStream_t>(stream);
   if (args->batch * args->length == 0) return clear_report(invalid, on);
   switch (args->dtype) {
-    case DType::kFloat32: return launch_gather<float>(*args, static_cast<TileMass*>(scratch), invalid, on);
-    case DType::kBFloat16: return launch_gather<__nv_bfloat16>(*args, static_cast<TileMass*>(scratch), invalid, on);
-    case DType::kFloat16: return launch_gather<__half>(*args, static_cast<TileMass*>(scratch), invalid, on);
+    case DType::kFloat32: return launch_rows(gather<float>, *args, static_cast<TileMass*>(scratch), invalid, on);
+    case DType::kBFloat16: return launch_rows(gather<__nv_bfloat16>, *args, static_cast<TileMass*>(scratch), invalid, on);
+    case DType::kFloat16: return launch_rows(gather<__half>, *args, static_cast<TileMass*>(scratch), invalid, on);
   }
   return cudaErrorInvalidValue;
 }

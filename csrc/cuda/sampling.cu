@@ -308,24 +308,6 @@ __global__ void __launch_bounds__(kThreads, 4) sample_small(const __grid_constan
 
 bool is_small(const SampleArgs& args) { return args.vocab <= kSmallVocab && !is_filtered(args); }
 
-template <class T, Mode kMode>
-cudaError_t launch_rows(const SampleArgs& args, TileMass* scratch, int64_t* invalid, cudaStream_t stream) {
-  const auto sample_rows_kernel = sample_rows<T, kMode>;
-  const int64_t rows = args.batch * args.length;
-  const Plan plan = plan_rows(rows, args.vocab);
-  const Temperature heat = temperature_of(args.temperature);
-  if (const cudaError_t error = allow_shared(sample_rows_kernel, plan.shared); error != cudaSuccess) return error;
-  if (plan.first == Phase::kWhole) {
-    if (const cudaError_t error = clear_report(invalid, stream); error != cudaSuccess) return error;
-    LAUNCH(sample_rows_kernel, grid_for(rows), dim3(kThreads), plan.shared, stream, args, heat, scratch, Phase::kWhole, 1, true, invalid);
-    return cudaGetLastError();
-  }
-  LAUNCH(sample_rows_kernel, grid_for(rows * plan.parts), dim3(kThreads), 0, stream, args, heat, scratch, Phase::kMeasure, plan.parts, false,
-         invalid);
-  LAUNCH(sample_rows_kernel, grid_for(rows), dim3(kThreads), plan.shared, stream, args, heat, scratch, Phase::kFinish, 1, plan.shared > 0, invalid);
-  return cudaGetLastError();
-}
-
 template <class T>
 cudaError_t launch(const SampleArgs& args, TileMass* scratch, int64_t* invalid, cudaStream_t stream) {
   if (is_small(args)) {
@@ -338,9 +320,9 @@ cudaError_t launch(const SampleArgs& args, TileMass* scratch, int64_t* invalid, 
     LAUNCH(sample_small_kernel, grid_for(blocks), dim3(kThreads), shared, stream, args, heat, invalid);
     return cudaGetLastError();
   }
-  if (is_filtered(args)) return launch_rows<T, Mode::kFiltered>(args, scratch, invalid, stream);
-  if (args.temperature != 1.0) return launch_rows<T, Mode::kTempered>(args, scratch, invalid, stream);
-  return launch_rows<T, Mode::kPlain>(args, scratch, invalid, stream);
+  if (is_filtered(args)) return launch_rows(sample_rows<T, Mode::kFiltered>, args, scratch, invalid, stream);
+  if (args.temperature != 1.0) return launch_rows(sample_rows<T, Mode::kTempered>, args, scratch, invalid, stream);
+  return launch_rows(sample_rows<T, Mode::kPlain>, args, scratch, invalid, stream);
 }
 
 }  // namespace

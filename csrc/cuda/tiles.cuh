@@ -343,6 +343,24 @@ static inline Plan plan_rows(int64_t rows, int64_t vocab) {
   return plan;
 }
 
+// Launches a kernel over the rows of `args`, as they are planned: once, or once to measure and once to finish.
+template <class Args>
+cudaError_t launch_rows(void (*kernel)(Args, Temperature, TileMass*, Phase, int, bool, int64_t*), const Args& args, TileMass* scratch,
+                        int64_t* invalid, cudaStream_t stream) {
+  const int64_t rows = args.batch * args.length;
+  const Plan plan = plan_rows(rows, args.vocab);
+  const Temperature heat = temperature_of(args.temperature);
+  if (const cudaError_t error = allow_shared(kernel, plan.shared); error != cudaSuccess) return error;
+  if (plan.first == Phase::kWhole) {
+    if (const cudaError_t error = clear_report(invalid, stream); error != cudaSuccess) return error;
+    LAUNCH(kernel, grid_for(rows), dim3(kThreads), plan.shared, stream, args, heat, scratch, Phase::kWhole, 1, true, invalid);
+    return cudaGetLastError();
+  }
+  LAUNCH(kernel, grid_for(rows * plan.parts), dim3(kThreads), 0, stream, args, heat, scratch, Phase::kMeasure, plan.parts, false, invalid);
+  LAUNCH(kernel, grid_for(rows), dim3(kThreads), plan.shared, stream, args, heat, scratch, Phase::kFinish, 1, plan.shared > 0, invalid);
+  return cudaGetLastError();
+}
+
 // The tiles of a row where they are weighed: in shared memory if they fit.
 __device__ inline TileMass* gather_tiles(TileMass* shared, TileMass* scratch, int n, Phase phase) {
   if (shared == nullptr) return scratch;
