@@ -127,7 +127,7 @@ def test_sdist_and_the_wheel_from_it(tree, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         inside = archive.namelist()
         metadata = archive.read(next(n for n in inside if n.endswith("METADATA"))).decode()
-    assert "edlm/_C.so" in inside and "edlm/data/austen.txt.xz" in inside and "edlm/cli.py" in inside
+    assert "edlm/_C.so" in inside and "edlm/data/austen.txt.xz" in inside and "edlm/cli/__init__.py" in inside
     assert any(n.startswith("edlm/_build.") for n in inside)
     assert not [n for n in inside if n.startswith(("tests/", "csrc/"))]
     assert "Name: edlm-torch" in metadata and "License-Expression: Apache-2.0" in metadata
