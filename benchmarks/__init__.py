@@ -1,4 +1,5 @@
-"""The benchmark suite: ``edlm bench ops``, or from a checkout ``python benchmarks/ops/bench_<family>.py``.
+"""The benchmark suites: ``edlm bench ops | training``, or from a checkout ``python benchmarks/ops/bench_<family>.py`` and
+``python benchmarks/training/<family>.py``.
 
-It is installed as ``edlm.benchmarks`` beside the package's rooms; none of them imports it. Importing it imports nothing.
+They are installed as ``edlm.benchmarks`` beside the package's rooms; none of them imports it. Importing it imports nothing.
 """

@@ -1,17 +1,21 @@
-"""The options of the suite: shared by ``edlm bench ops`` and the scripts, and light, for ``edlm --help`` reads them."""
+"""The options of the suites: shared by ``edlm bench`` and the scripts, and light, for ``edlm --help`` reads them."""
 
 from __future__ import annotations
 
 import argparse
 
-FAMILIES = ("sampling", "log_probs", "importance")
+FAMILIES = ("sampling", "log_probs", "importance")  # of ops
+SUITES = {"ops": FAMILIES, "training": ("step", "loader")}
 DEVICES = ("cpu", "cuda")
 
 
 def add_arguments(parser: argparse.ArgumentParser, families: bool = True) -> None:
     if families:
         parser.add_argument(
-            "--family", action="append", choices=FAMILIES, help="only this family of ops; may be repeated (default: all of them)"
+            "--family",
+            action="append",
+            choices=[family for suite in SUITES.values() for family in suite],
+            help="only this family of the suite; may be repeated (default: all of it)",
         )
     effort = parser.add_mutually_exclusive_group()
     effort.add_argument("--quick", dest="effort", action="store_const", const="quick", help="the headline cases (the default)")

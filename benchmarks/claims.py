@@ -1,7 +1,8 @@
-"""What the ops promise, checked against results: every claim with its limit, the measured value, and whether it is met.
+"""What the ops and a training step promise, checked against results: every claim with its limit, the measured value, and whether it
+is met.
 
 Medians as they are: no tolerance, no rounding before the comparison. A claim that was not measured is listed as such. A CPU and a
-GPU have claims of their own.
+GPU have claims of their own on the ops.
 """
 
 from __future__ import annotations
@@ -158,6 +159,27 @@ def _importance(m: Medians) -> Iterator[Verdict]:
     yield Verdict("importance", claim, "B = 64, L = 1024, K = 16", _ratio(ours, allowed), "<=", 1)
 
 
+def _step(m: Medians) -> Iterator[Verdict]:
+    """edlm's losses against all logits + F.cross_entropy. Memory where the vocabulary is large: with 28 tokens logits are nothing."""
+    gpt2, text8 = "B = 8, L = 128, V = 50258 (GPT-2's tokens)", "B = 8, L = 256, V = 28 (text8)"
+    names = ("edlm", "all logits + F.cross_entropy")
+    for kind in ("DiT", "CausalLM"):
+        for where in (gpt2, text8):
+            ours, plain = (m.get("step", f"{kind}, time: {where}", "float32", name) for name in names)
+            yield Verdict("step", f"{kind}, training step: time over plain PyTorch", where, _ratio(ours, plain), "<=", 1)
+        ours, plain = (m.get("step", f"{kind}, peak memory: {gpt2}", "float32", name, "extra_bytes") for name in names)
+        yield Verdict(
+            "step", f"{kind}, training step: peak beyond the weights over plain PyTorch", gpt2, _ratio(ours, plain), "<", 1
+        )
+
+
+def _loader(m: Medians) -> Iterator[Verdict]:
+    where = "B = 8, L = 256, V = 28 (text8)"
+    batch, step = (m.get("loader", f"rows: {where}", None, name) for name in ("WindowDataset.batch", "training step, DiT"))
+    value = None if batch is None or step is None else 100 * batch / step
+    yield Verdict("loader", "WindowDataset.batch: time over a training step of the small DiT", where, value, "<=", 1, " %")
+
+
 # --- on a GPU ---------------------------------------------------------------------------------------------------------------------
 
 _LARGE = ("1024 x 50258", "8192 x 50258", "1024 x 151936", "8192 x 151936")
@@ -194,11 +216,15 @@ def _cuda_sampling(m: Medians, checks: list[dict]) -> Iterator[Verdict]:
     yield Verdict("sampling", GRAPH_CHECK, "sample_categorical, 64 x 50258, K = 8", value, ">=", 100, " %")
 
 
+def _nothing(m: Medians) -> Iterator[Verdict]:
+    return iter(())
+
+
 def verdicts(results: list[dict], families: list[str], device: str = "cpu", checks: list[dict] | None = None) -> list[Verdict]:
     medians = Medians(results)
+    judges = {"sampling": _sampling, "log_probs": _log_probs, "importance": _importance, "step": _step, "loader": _loader}
     if device == "cuda":
-        return list(_cuda_sampling(medians, checks or [])) if "sampling" in families else []
-    judges = {"sampling": _sampling, "log_probs": _log_probs, "importance": _importance}
+        judges |= {"sampling": lambda m: _cuda_sampling(m, checks or []), "log_probs": _nothing, "importance": _nothing}
     return [verdict for family in families for verdict in judges[family](medians)]
 
 

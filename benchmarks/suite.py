@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .arguments import FAMILIES, add_arguments
+from .arguments import SUITES, add_arguments
 from .claims import judge
 from .device import DeviceTimer, describe_gpu
 from .harness import Inputs, inductor_problem, references
@@ -25,7 +25,12 @@ FORMAT = 1  # of the JSON file
 
 def run(options: argparse.Namespace) -> int:
     """Time what the options ask for, or print the tables of a file. ValueError for a user's mistake."""
-    families = list(dict.fromkeys(options.family or FAMILIES))
+    families = list(dict.fromkeys(options.family or SUITES[options.suite]))
+    foreign = [family for family in families if family not in SUITES[options.suite]]
+    if foreign:
+        raise ValueError(
+            f"--family: expected families of {options.suite} ({', '.join(SUITES[options.suite])}), got {', '.join(foreign)}"
+        )
     if options.markdown:
         print(markdown(_read(options.markdown, families), families))
         return 0
@@ -34,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json and (Path(options.json).is_dir() or not Path(options.json).resolve().parent.is_dir()):
         raise ValueError(f"--json: expected a file in a folder that exists, got {options.json}")
     device = _device(options.device)
-    modules = {family: importlib.import_module(f".ops.bench_{family}", __package__) for family in families}
+    modules = {family: importlib.import_module(_module(family), __package__) for family in families}
     timed_ops = [op for module in modules.values() for op in module.OPS]
     slow = references(timed_ops, device.type)
     if slow and not options.allow_reference:
@@ -95,6 +100,14 @@ def run(options: argparse.Namespace) -> int:
     return 1 if broken or wrong else 0
 
 
+def _module(family: str) -> str:
+    return f".ops.bench_{family}" if family in SUITES["ops"] else f".training.{family}"
+
+
+def _suite(family: str) -> str:
+    return next(suite for suite, families in SUITES.items() if family in families)
+
+
 def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: expected cpu, or cuda where torch can use a GPU, got 'cuda' where it cannot")
@@ -137,7 +150,7 @@ def _read(path: str, families: list[str]) -> dict:
 
 def command(options: argparse.Namespace) -> str:
     """What to type for this run again, without where it went."""
-    words = ["edlm bench ops", *(f"--family {family}" for family in dict.fromkeys(options.family or []))]
+    words = [f"edlm bench {options.suite}", *(f"--family {family}" for family in dict.fromkeys(options.family or []))]
     words += [] if options.device == "cpu" else [f"--device {options.device}"]
     words += [] if options.effort == "quick" else [f"--{options.effort}"]
     words += [f"--repetitions {options.repetitions}"] if options.repetitions is not None else []
@@ -148,11 +161,11 @@ def command(options: argparse.Namespace) -> str:
 
 
 def script(family: str, description: str) -> int:
-    """``python benchmarks/ops/bench_<family>.py``: the same run, of one family."""
+    """``python benchmarks/ops/bench_<family>.py`` or ``benchmarks/training/<family>.py``: the same run, of one family."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, families=False)
     options = parser.parse_args()
-    options.family = [family]
+    options.suite, options.family = _suite(family), [family]
     try:
         return run(options)
     except (ValueError, OSError) as error:

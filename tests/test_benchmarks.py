@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import subprocess
@@ -11,11 +12,12 @@ from pathlib import Path
 import edlm.ops
 import pytest
 import torch
-from edlm.benchmarks import memory
-from edlm.benchmarks.arguments import FAMILIES
+from edlm.benchmarks import memory, suite
+from edlm.benchmarks.arguments import FAMILIES, SUITES, add_arguments
 from edlm.benchmarks.claims import Verdict, verdicts
 from edlm.benchmarks.harness import Inputs, Variant, interleave
 from edlm.benchmarks.tables import markdown, verdict_table
+from edlm.benchmarks.training import loader, step
 from edlm.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -229,3 +231,90 @@ def test_memory_of_a_backward_is_what_lies_beyond_the_gradients():
 )
 def test_rounding_never_makes_a_claim_look_met(value, sense, limit, shown):
     assert Verdict("", "", "", value, sense, limit).measured == shown
+
+
+# --- a training step --------------------------------------------------------------------------------------------------------------
+
+
+def training_options(*words):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("suite")
+    add_arguments(parser)
+    return parser.parse_args(["training", *words])
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory):
+    file = tmp_path_factory.mktemp("training") / "out.json"
+    state = torch.get_rng_state()
+    assert suite.run(training_options("--smoke", "--allow-reference", "--json", str(file))) == 0
+    torch.set_rng_state(state)
+    return json.loads(file.read_text())
+
+
+def test_a_training_step_is_timed_both_ways_and_stands_beside_its_rows(training):
+    assert training["command"] == "edlm bench training --smoke --allow-reference"
+    found = {(row["family"], row["case"].partition(",")[0].partition(":")[0], row["name"]) for row in training["results"]}
+    ways = (step.EDLM, step.PLAIN)
+    assert found == {("step", kind, way) for kind in step.KINDS for way in ways} | {
+        ("loader", "rows", loader.BATCH),
+        ("loader", "rows", loader.STEP),
+    }
+    rows = {row["name"]: row for row in training["results"]}
+    assert rows[loader.BATCH]["tokens_per_second"] == pytest.approx(1e3 * 16 / rows[loader.BATCH]["median"])
+    text = markdown(training, SUITES["training"])
+    assert step.PLAIN in text and loader.BATCH in text and "| not measured |" in text
+
+
+def test_families_of_another_suite_are_refused():
+    with pytest.raises(ValueError, match="--family: expected families of training \\(step, loader\\), got sampling"):
+        suite.run(training_options("--family", "sampling"))
+    assert suite.command(training_options("--family", "step", "--full")) == "edlm bench training --family step --full"
+
+
+@pytest.mark.parametrize("kind", step.KINDS)
+def test_both_ways_are_the_same_loss_and_gradient(kind):
+    sizes = step.SMOKE
+    model = step.network(kind, sizes)
+    found = step.losses(kind, model, sizes)
+    step.check(found, list(model.parameters()))
+    with torch.no_grad():
+        assert abs(float(found[step.EDLM](0)) - float(found[step.EDLM](1))) > 1e-4, "every step has other rows and other noise"
+    with pytest.raises(RuntimeError, match="expected equal losses"):
+        step.check(found | {step.EDLM: lambda i: 1.001 * found[step.EDLM](i)}, list(model.parameters()))
+    with pytest.raises(RuntimeError, match="expected equal gradients"):
+        step.check(
+            found
+            | {step.EDLM: lambda i: found[step.EDLM](i) + 1e-2 * (w := model.linear.weight).sum() - 1e-2 * w.detach().sum()},
+            list(model.parameters()),
+        )
+
+
+@pytest.mark.skipif(not memory.measurable(), reason="no /proc/self/status")
+def test_peak_memory_of_a_step_sees_the_logits():
+    sizes = step.Sizes("test", 8, 64, 20_000, dim=16, layers=1, heads=2)
+    ours, plain = (step.measure("CausalLM", name, sizes) for name in (step.EDLM, step.PLAIN))
+    logits = 4 * 8 * 64 * 20_000
+    assert plain["extra_bytes"] > 1.9 * logits > ours["extra_bytes"]
+    assert ours["gradient_bytes"] == plain["gradient_bytes"] > 2 * 4 * 16 * 19_999
+
+
+def test_claims_of_a_training_step():
+    claims = verdicts([], SUITES["training"])
+    assert [(v.claim.partition(",")[0], v.wanted) for v in claims] == [
+        *[(kind, wanted) for kind in step.KINDS for wanted in ("<= 1x", "<= 1x", "< 1x")],
+        ("WindowDataset.batch: time over a training step of the small DiT", "<= 1 %"),
+    ]
+    assert {v.where for v in claims} == {step.GPT2.case, step.TEXT8.case}
+    case, names = f"DiT, time: {step.GPT2.case}", (step.EDLM, step.PLAIN)
+    rows = [result(case, name, time, family="step") for name, time in zip(names, (9.0, 10.0), strict=True)]
+    case = f"CausalLM, peak memory: {step.GPT2.case}"
+    rows += [{**result(case, name, None, family="step"), "extra_bytes": size} for name, size in zip(names, (5, 5), strict=True)]
+    case = f"rows: {step.TEXT8.case}"
+    rows += [result(case, name, time, family="loader", dtype=None) for name, time in ((loader.BATCH, 1.0), (loader.STEP, 50.0))]
+    for device in ("cpu", "cuda"):
+        found = verdicts(rows, SUITES["training"], device)
+        assert one(found, "DiT, training step: time", step.GPT2.case).met is True
+        assert one(found, "CausalLM, training step: peak", step.GPT2.case).met is False, "as much is not less"
+        assert one(found, "WindowDataset.batch", step.TEXT8.case).measured == "2.00 %"
+        assert sum(v.met is None for v in found) == 4

@@ -10,6 +10,7 @@ from edlm import checkpoint
 from edlm.config import from_dict
 from edlm.train import TrainConfig
 
+CLOCKS = {"tokens_per_second", "seconds", "eta_seconds", "mfu"}  # of a line of metrics.jsonl: not of what is computed
 WORDS = ("the", "of", "and", "she", "was", "to", "it", "in", "her", "not", "very", "could", "mr", "miss", "anne", "letter")
 
 

@@ -21,6 +21,8 @@ class Denoiser(Protocol):
 
     A denoiser may also offer ``hidden(xt, t) -> [B, L, D]`` and ``head(hidden_rows [N, D]) -> [N, V]`` with
     ``head(hidden(xt, t))`` equal to the call itself; ``generate`` then runs the head on the rows that it draws, and on no others.
+    Where the head is one linear layer it may be offered as ``output_layer`` too (``weight`` [V, D], ``bias`` [V] or None): the losses
+    then score tokens without ever storing logits.
     """
 
     mask_token_id: int

@@ -273,4 +273,14 @@ def test_a_full_disk_loses_nothing(path):
 
 
 def test_public_names():
-    assert set(checkpoint.__all__) == {"Checkpoint", "clean", "kind_of", "load", "save"}
+    assert set(checkpoint.__all__) == {
+        "Checkpoint",
+        "clean",
+        "kind_of",
+        "load",
+        "load_sharded",
+        "meta_of",
+        "save",
+        "save_sharded",
+        "verify",
+    }

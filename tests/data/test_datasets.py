@@ -68,12 +68,76 @@ def test_the_order_is_uniform():
     assert ((counts - 200) ** 2 / 200).sum() < 53.5
 
 
-def test_memory_mapped_tokens(tmp_path):
-    tokens = pack("the quick brown fox jumps over the lazy dog " * 5, CharTokenizer(), tmp_path / "t.bin")
+def test_rows_are_rows_of_the_batch():
+    """Any division among processes gives the same rows, in any order of asking, across an epoch's end as well."""
+    whole = dataset(batch_size=30)
+    for step in (0, 1, 7):
+        batch = whole.batch(step)
+        assert batch.dtype == torch.int64 and batch.shape == (30, LENGTH)
+        for first, last in ((20, 30), (0, 1), (1, 20), (5, 5)):
+            assert torch.equal(dataset(batch_size=30).rows(step, first, last), batch[first:last])
+    for first, last in ((-1, 2), (3, 2), (0, 31)):
+        with pytest.raises(ValueError, match=f"expected 0 <= first <= last <= 30, got {first}, {last}"):
+            whole.rows(0, first, last)
+
+
+def test_an_order_is_drawn_once_an_epoch(monkeypatch):
+    """Rows on both sides of an epoch's end, asked for in turn: as two processes' loaders in one would."""
+    drawn, real = [], np.random.SeedSequence
+    monkeypatch.setattr(np.random, "SeedSequence", lambda key: drawn.append(key[1]) or real(key))
+    data = dataset()  # 13 windows: batch 3 is windows 12, then 0, 1, 2 of the next epoch
+    for _ in range(5):
+        data.rows(3, 0, 1)
+        data.rows(3, 1, 4)
+    for step in range(4, 12):
+        data.batch(step)
+    assert drawn == [0, 1, 2, 3]
+
+
+FRAME = (200, 201)
+
+
+def test_framed_windows():
+    """bos, length - 2 tokens, eos; the tokens are those of windows of length - 2, in their order."""
+    framed = WindowDataset(TOKENS, LENGTH, BATCH, seed=3, frame=FRAME)
+    bare = WindowDataset(TOKENS, LENGTH - 2, BATCH, seed=3)
+    assert framed.num_windows == bare.num_windows == 19
+    for step in (0, 4, 11):
+        batch = framed.batch(step)
+        assert batch.shape == (BATCH, LENGTH) and batch.dtype == torch.int64
+        assert (batch[:, 0] == 200).all() and (batch[:, -1] == 201).all()
+        assert torch.equal(batch[:, 1:-1], bare.batch(step))
+    for count in (None, 2, 20):
+        table = windows(TOKENS, LENGTH, count, frame=FRAME)
+        assert torch.equal(table[:, 1:-1], windows(TOKENS, LENGTH - 2, count))
+        assert (table[:, 0] == 200).all() and (table[:, -1] == 201).all()
+
+
+@pytest.mark.parametrize(("length", "frame"), [(2, FRAME), (7, (-1, 3))])
+def test_frames_that_cannot_be(length, frame):
+    for call in (lambda: WindowDataset(TOKENS, length, 1, seed=0, frame=frame), lambda: windows(TOKENS, length, frame=frame)):
+        with pytest.raises(ValueError, match="length, frame: expected a length >= 3 and two ids"):
+            call()
+
+
+def test_the_order_of_earlier_versions():
+    """Trained results depend on it: the first windows of two epochs, as version 0.1 drew them."""
+    data = WindowDataset(np.arange(1000, dtype=np.uint16), 10, 4, seed=5)
+    assert data.starts(0)[:6].tolist() == [296, 496, 916, 46, 846, 176]
+    assert data.starts(1)[:6].tolist() == [601, 591, 341, 951, 691, 731]
+
+
+@pytest.mark.parametrize("shard_tokens", [10**6, 50])
+def test_tokens_of_a_folder(tmp_path, shard_tokens):
+    text = "the quick brown fox jumps over the lazy dog " * 5
+    tokens = pack([text], CharTokenizer(), tmp_path / "t", source="fox", shard_tokens=shard_tokens)
+    flat = CharTokenizer().encode(text)
     batch = dataset(tokens=tokens).batch(0)
-    assert batch.shape == (BATCH, LENGTH) and batch.max() < 27
+    assert torch.equal(batch, dataset(tokens=flat).batch(0))
     batch[0, 0] = 5  # a copy: the file is not touched
-    assert torch.equal(dataset(tokens=np.array(tokens)).batch(0)[1:], batch[1:])
+    assert torch.equal(dataset(tokens=tokens).batch(0), dataset(tokens=flat).batch(0))
+    for count in (None, 1, 3, 20):
+        assert torch.equal(windows(tokens, 7, count), windows(flat, 7, count))
 
 
 @pytest.mark.parametrize(("size", "enough"), [(0, False), (6, False), (13, False), (14, True), (15, True)])

@@ -6,7 +6,7 @@ import gzip
 import lzma
 
 import pytest
-from edlm.data import bundled_text, read_text, split
+from edlm.data import CharTokenizer, bundled_text, corpora, documents, open_text, read_text, split, text
 
 TEXT = "It is a truth universally acknowledged — naïve. " * 200
 
@@ -71,3 +71,129 @@ def test_split_loses_nothing_and_keeps_the_order(size):
     assert abs(len(parts.train) - 0.9 * size) <= 1
     assert abs(len(parts.valid) - 0.05 * size) <= 1
     assert abs(len(parts.test) - 0.05 * size) <= 2
+
+
+# --- corpora ----------------------------------------------------------------------------------------------------------------------
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes({".xz": lzma.compress, ".gz": gzip.compress}.get(path.suffix, bytes)(content.encode()))
+    return path
+
+
+def parts_of(corpus):
+    return [list(corpus.split(name)) for name in ("train", "valid", "test")]
+
+
+def test_bundled_corpus():
+    corpus = open_text("bundled")
+    assert parts_of(corpus) == [[part] for part in split(bundled_text())]
+    assert corpus.name == "bundled" and corpus.tokenizer_hint == "text8" and corpus.identity.startswith("bundled:")
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+@pytest.mark.parametrize("name", ["a.txt", "a.xz", "a.gz", "a"])
+def test_a_file_is_split_as_its_text_is(tmp_path, name, block, monkeypatch):
+    """Characters of several bytes, in whatever blocks they are read."""
+    monkeypatch.setattr(text, "_BLOCK", block)
+    content = TEXT[:1003] + "\U0001d538 漢字"
+    corpus = open_text(write(tmp_path / name, "\ufeff" + content))
+    assert parts_of(corpus) == [[part] for part in split(content)]
+    assert list(documents(tmp_path / name, "test")) == [split(content).test]
+
+
+def test_a_folder_of_splits(tmp_path):
+    for name, content in {
+        "train.txt.xz": "one",
+        "valid.txt": "two",
+        "test.gz": "three",
+        "README.md": "no",
+        "notes.txt": "no",
+    }.items():
+        write(tmp_path / name, content)
+    assert parts_of(open_text(tmp_path)) == [["one"], ["two"], ["three"]]
+    (tmp_path / "test.gz").unlink()
+    with pytest.raises(ValueError, match=r"text: expected test\.txt \(or \.xz, \.gz\) in .*, got train\.txt\.xz, valid\.txt"):
+        list(open_text(tmp_path).split("test"))
+    write(tmp_path / "train.txt", "x")
+    with pytest.raises(ValueError, match=r"one file of the split train in .*, got train\.txt and train\.txt\.xz"):
+        open_text(tmp_path)
+
+
+def test_a_folder_of_documents(tmp_path):
+    texts = {
+        "b.txt": "b" * 100,
+        "a/z.txt.gz": "z" * 20,
+        "a/y.xz": "y" * 40,
+        "empty.txt": "",
+        "short.txt": "s",
+        ".hidden.txt": "h",
+        "p.pdf": "p",
+    }
+    for name, content in texts.items():
+        write(tmp_path / name, content)
+    assert parts_of(open_text(tmp_path)) == [["y" * 36, "z" * 18, "b" * 90], ["yy", "z", "b" * 5], ["yy", "z", "b" * 5, "s"]]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match=r"text: expected files that end in \.txt, \.xz, \.gz in .*none, got none"):
+        open_text(tmp_path / "none")
+
+
+@pytest.mark.parametrize("kind", ["file", "splits", "folder"])
+def test_an_identity_changes_when_the_text_does(tmp_path, kind):
+    names = {"file": ["a.txt"], "splits": ["train.txt", "valid.txt"], "folder": ["a.txt", "b.txt"]}[kind]
+    for name in names:
+        write(tmp_path / name, name * 50)
+    source = tmp_path / "a.txt" if kind == "file" else tmp_path
+    before = open_text(source).identity
+    assert before == open_text(source).identity and before.startswith(kind)
+    write(tmp_path / names[-1], names[-1] * 50 + "!")
+    assert open_text(source).identity != before
+
+
+def test_a_text_moved_between_files_is_another(tmp_path):
+    for folder, contents in {"1": ("ab", "c"), "2": ("a", "bc")}.items():
+        for name, content in zip("xy", contents, strict=True):
+            write(tmp_path / folder / f"{name}.txt", content)
+    assert open_text(tmp_path / "1").identity != open_text(tmp_path / "2").identity
+
+
+@pytest.mark.parametrize("size", [1, 50, 1000, 10**6])
+def test_parts_of_a_long_document(tmp_path, size, monkeypatch):
+    """For text8 they make no difference; none is much longer than was asked for, and only white space is lost."""
+    monkeypatch.setattr(text, "_BLOCK", 64)
+    corpus, whole = open_text(write(tmp_path / "a.txt", TEXT)), split(TEXT).train
+    pieces = list(corpus.split("train", part=size))
+    assert "".join(pieces).replace(" ", "") == whole.replace(" ", "")
+    assert all(size <= len(piece) <= size + 20 for piece in pieces[:-1]) and len(pieces[-1]) <= size + 20
+    encode = CharTokenizer().encode
+    assert b"\x1a".join(ids.tobytes() for piece in pieces if len(ids := encode(piece))) == encode(whole).tobytes()
+    with pytest.raises(ValueError, match="part: expected a number of characters >= 1, got 0"):
+        corpus.split("train", part=0)
+
+
+def test_sources_that_are_none(tmp_path, monkeypatch):
+    with pytest.raises(
+        FileNotFoundError, match=r"'bundled' or the name of a corpus, got openwebtxt, .*did you mean openwebtext\?"
+    ):
+        open_text("openwebtxt")
+    with pytest.raises(FileNotFoundError, match="which does not exist; the names are text8, openwebtext"):
+        open_text(tmp_path / "x")
+    with pytest.raises(ValueError, match=r"blank\.txt: expected text, got an empty file"):
+        open_text(write(tmp_path / "blank.txt", " \n"))
+    with pytest.raises(ValueError, match="split: expected one of train, valid, test, got 'validation'"):
+        open_text("bundled").split("validation")
+    (tmp_path / "bad.txt").write_bytes(b"abc" * 9 + b"\xff\xfe")
+    monkeypatch.setattr(text, "_BLOCK", 4)
+    with pytest.raises(ValueError, match=r"bad\.txt: expected UTF-8, got other bytes at 27"):
+        list(open_text(tmp_path / "bad.txt").split("train"))
+    (tmp_path / "bad.txt").write_bytes(b"abc\xe6(abc")  # the beginning of a character, at the end of a block
+    with pytest.raises(ValueError, match=r"bad\.txt: expected UTF-8, got other bytes at 3"):
+        read_text(tmp_path / "bad.txt")
+
+
+def test_a_name_goes_before_a_path_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "ptb", "a file")
+    assert open_text("ptb").identity == corpora.identity("ptb")
+    assert open_text("./ptb").identity.startswith("file:")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from edlm.data import CharTokenizer, bundled_text, normalize, tokenizer_from
+from edlm.data import CharTokenizer, bundled_text, fingerprint, normalize, open_tokenizer, tokenizer_from
 from edlm.protocols import Tokenizer
+from fake_tokenizers import FakeTokenizer
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 @pytest.fixture
@@ -84,7 +87,7 @@ def test_description_makes_it_again(tokenizer):
     assert isinstance(tokenizer_from(tokenizer.description()), CharTokenizer)
     with pytest.raises(ValueError, match="saved without one"):
         tokenizer_from(None)
-    with pytest.raises(ValueError, match="expected the kind 'text8', got 'gpt2'"):
+    with pytest.raises(ValueError, match="expected the kind 'text8' or 'bpe', got 'gpt2'"):
         tokenizer_from({"kind": "gpt2"})
     with pytest.raises(ValueError, match="got None"):
         tokenizer_from({})
@@ -92,3 +95,40 @@ def test_description_makes_it_again(tokenizer):
 
 def test_bos_is_no_token_of_text(tokenizer):
     assert tokenizer.bos_token_id == tokenizer.mask_token_id == tokenizer.vocab_size - 1
+
+
+@given(a=st.text(), b=st.text(), white=st.sampled_from([" ", "\n", "\t ", "\u00a0", "\u2028"]))
+def test_a_text_may_be_cut_at_white_space(a, b, white):
+    """What ``separator_id`` promises: final sigmas, dotted capitals and digits included."""
+    tokenizer = CharTokenizer()
+    apart = [tokenizer.encode(part).tolist() for part in (a, b)]
+    joined = [*apart[0], tokenizer.separator_id, *apart[1]] if all(apart) else apart[0] + apart[1]
+    assert tokenizer.encode(a + white + b).tolist() == joined
+
+
+def test_fingerprints():
+    assert fingerprint(CharTokenizer()) == fingerprint(CharTokenizer()) == "ce9acc54d622a9d2"
+
+    class Silent(FakeTokenizer):
+        description = property()  # hasattr says no
+
+    tokenizers = [
+        FakeTokenizer(300),
+        FakeTokenizer(301),
+        FakeTokenizer(300, merges="b"),
+        Silent(300),
+        Silent(301),
+        CharTokenizer(),
+    ]
+    assert len({fingerprint(tokenizer) for tokenizer in tokenizers}) == 6
+
+
+def test_opening_by_name(tmp_path):
+    assert isinstance(open_tokenizer("text8"), CharTokenizer)
+    with pytest.raises(
+        FileNotFoundError, match=r"tokenizer: expected 'text8', a tokenizer\.json or a folder with one, got .*gpt5"
+    ):
+        open_tokenizer("gpt5")
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"vocab\.json \(or encoder\.json\) and merges\.txt \(or vocab\.bpe\), got vocab\.json"):
+        open_tokenizer(tmp_path)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from edlm.models import ARResidualEnergy, CausalLM, CausalLMConfig
+from edlm.models import ARResidualEnergy, CausalLM, CausalLMConfig, ar_residual
 from edlm.protocols import EnergyModel
 from exact import TabularCausalLM, Universe
 from torch.profiler import ProfilerActivity, profile
@@ -206,6 +206,45 @@ def test_sums_are_float64():
     got = ARResidualEnergy(Fixed(scores), mask_token_id=9, bytes_per_token=1)(x0, xt, torch.ones(8), log_p)
     assert torch.equal(got, exact)
     assert not torch.equal(log_p.sum(-1) - scores.view(8, 8, 4096).sum(-1), exact)
+
+
+# --- the same energy with gradients ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("carry_over", [False, True])
+def test_ar_residual_is_the_energy_and_has_gradients(carry_over):
+    """Its value is ARResidualEnergy's; its gradient that of -sum log p_AR over the positions that are scored."""
+    torch.manual_seed(0)
+    causal = CausalLM(CausalLMConfig(vocab_size=5, bos_token_id=5, dim=16, num_layers=1, num_heads=2, dropout=0.0))
+    for parameter in causal.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    xt = torch.randint(0, 5, (3, 6)).masked_fill(torch.rand(3, 6) < 0.6, 5)
+    x0 = torch.where((xt == 5)[:, None], torch.randint(0, 5, (3, 4, 6)), xt[:, None])
+    log_p = -torch.rand(3, 4, 6)
+    energy = ar_residual(causal.train(), x0, xt, log_p, carry_over=carry_over, mask_token_id=5)
+    assert energy.shape == (3, 4) and energy.dtype == torch.float32 and causal.training
+    whole = ARResidualEnergy(causal, carry_over, mask_token_id=5)(x0, xt, torch.ones(3), log_p)
+    torch.testing.assert_close(energy.detach(), whole)
+
+    weight = torch.randn(3, 4)
+    (energy * weight).sum().backward()
+    got = {name: parameter.grad for name, parameter in causal.named_parameters()}
+    causal.zero_grad()
+    log_ar = causal(x0.flatten(0, 1)).log_softmax(-1).gather(-1, x0.flatten(0, 1)[..., None]).view(3, 4, 6)
+    scored = (xt == 5)[:, None] if carry_over else torch.ones(3, 1, 6, dtype=torch.bool)
+    (-(log_ar * scored).sum(-1) * weight).sum().backward()
+    for name, parameter in causal.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_ar_residual_refuses_what_the_energy_refuses():
+    x0, xt, _, log_p = arguments().values()
+    with pytest.raises(ValueError, match=r"x0, xt, log_p: expected .*, got \[6, 4\], \[2, 4\]"):
+        ar_residual(Fixed(None), x0.flatten(0, 1), xt, log_p, carry_over=False, mask_token_id=9)
+    with pytest.raises(ValueError, match=r"causal_lm: expected log_probs of every token, \[N, L\] = \[6, 4\], got \[6, 3\]"):
+        ar_residual(Fixed(torch.zeros(6, 3)), x0, xt, log_p, carry_over=False, mask_token_id=9)
+    with pytest.raises(ValueError, match="mask_token_id: expected the denoiser's mask with carry_over"):
+        ar_residual(Fixed(torch.zeros(6, 4)), x0, xt, log_p, carry_over=True, mask_token_id=None)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ BAD = [
     (ModelSpec, {"cond_dim": 0}, "cond_dim: expected a number >= 1, got 0"),
     (ModelSpec, {"dropout": 1.0}, r"dropout: expected a number in \[0, 1\), got 1.0"),
     (ModelSpec, {"dropout": math.nan}, "dropout: .* got nan"),
-    (DataSpec, {"length": 0}, "length: expected a number >= 1, got 0"),
+    (DataSpec, {"length": 0}, r"length: expected a number >= 1 \(3 with BOS and EOS\), got 0"),
     (DiffusionSpec, {"eps": 1.0}, r"eps: expected a number in \[0, 1\), got 1.0"),
     (DiffusionSpec, {"t_min": -0.1}, r"t_min: expected a number in \[0, 1\), got -0.1"),
     (OptimSpec, {"lr": 0.0}, "lr, warmup_steps, grad_clip: expected > 0, >= 0, > 0, got 0.0"),
@@ -89,7 +89,7 @@ def test_what_is_out_of_range(kind, values, message):
 
 
 def test_choices_come_from_the_file_as_well():
-    with pytest.raises(ValueError, match=r"model\.kind: expected one of 'dit', 'causal_lm', got 'gpt'"):
+    with pytest.raises(ValueError, match=r"model\.kind: expected one of 'dit', 'causal_lm', 'nce_energy', got 'gpt'"):
         from_dict({"model": {"kind": "gpt"}}, TrainConfig)
     with pytest.raises(ValueError, match=r"missing key model"):
         from_dict({}, TrainConfig)

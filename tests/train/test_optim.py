@@ -139,11 +139,11 @@ def test_the_state_makes_a_round_trip():
     second = Net()
     second.load_state_dict(first.state_dict())
     optimizer = Optimizer(second, spec, 6)
-    assert optimizer.state() == {}
-    optimizer.load(stored)
+    assert set(optimizer.state()) == set(stored)  # there from the beginning, to be read into
+    for name, value in optimizer.state().items():
+        value.copy_(stored[name])
     for step in range(3, 6):
         loss_of(second).backward()
         optimizer.step(step)
     assert all(torch.equal(a, b) for a, b in zip(second.parameters(), whole.parameters(), strict=True))
-    with pytest.raises(KeyError):
-        optimizer.load({"other/step": torch.tensor(1.0)})
+

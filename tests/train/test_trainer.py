@@ -13,9 +13,9 @@ from edlm import checkpoint
 from edlm.data import CharTokenizer, read_text, split, windows
 from edlm.eval import ar_nll, nelbo
 from edlm.models import CausalLM, DiT
-from edlm.train import TrainConfig, train, trainer
+from edlm.train import TrainConfig, run, train
 from edlm.train.objectives import CausalObjective, DiffusionObjective
-from tiny_run import assert_same_weights, tiny_config, weights, write_text
+from tiny_run import CLOCKS, assert_same_weights, tiny_config, weights, write_text
 
 KINDS = {"dit": DiT, "causal_lm": CausalLM}
 OBJECTIVES = {"dit": DiffusionObjective, "causal_lm": CausalObjective}
@@ -41,7 +41,7 @@ def lines(out):
 
 
 def losses(out):
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines(out)]
+    return [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines(out)]
 
 
 class Stopped(Exception):
@@ -50,14 +50,14 @@ class Stopped(Exception):
 
 def stop_at(monkeypatch, kind, step):
     """Dies in step ``step``, before anything of it is kept."""
-    real = OBJECTIVES[kind].loss
+    real = OBJECTIVES[kind].terms
 
-    def loss(self, model, x0, n):
+    def terms(self, rows, n):
         if n == step:
             raise Stopped
-        return real(self, model, x0, n)
+        return real(self, rows, n)
 
-    monkeypatch.setattr(OBJECTIVES[kind], "loss", loss)
+    monkeypatch.setattr(OBJECTIVES[kind], "terms", terms)
 
 
 def interrupted(monkeypatch, tmp_path, text, kind, step, **changes):
@@ -107,17 +107,17 @@ def test_the_average_is_exported_and_validated(finished, text, kind):
 
 @kinds
 def test_training_is_with_dropout_and_validation_without(tmp_path, text, monkeypatch, kind):
-    modes = {"loss": [], "validate": []}
+    modes = {"terms": [], "validate": []}
     for name in modes:
         real = getattr(OBJECTIVES[kind], name)
 
-        def spy(self, model, *rest, real=real, name=name):
-            modes[name].append({m.training for m in model.modules()})
-            return real(self, model, *rest)
+        def spy(self, *rest, real=real, name=name):
+            modes[name].append({m.training for m in self.model.modules()})
+            return real(self, *rest)
 
         monkeypatch.setattr(OBJECTIVES[kind], name, spy)
     train(tiny_config(kind, text, steps=12), tmp_path / "run", progress=False)
-    assert modes == {"loss": [{True}] * 12, "validate": [{False}] * 2}
+    assert modes == {"terms": [{True}] * 12, "validate": [{False}] * 2}
 
 
 @kinds
@@ -159,8 +159,8 @@ def test_a_run_goes_on_to_the_same_weights(tmp_path, finished, text, monkeypatch
     config, out = interrupted(monkeypatch, tmp_path, text, kind, step)
     assert not (out / "model").exists()
     begun = []
-    real = OBJECTIVES[kind].loss
-    monkeypatch.setattr(OBJECTIVES[kind], "loss", lambda self, m, x, n: begun.append(n) or real(self, m, x, n))
+    real = OBJECTIVES[kind].terms
+    monkeypatch.setattr(OBJECTIVES[kind], "terms", lambda self, rows, n: begun.append(n) or real(self, rows, n))
     assert_same_weights(train(config, out, progress=False), finished / kind / "model")
     assert begun[0] == step // 7 * 7  # it did go on, rather than start again
     assert losses(out) == losses(finished / kind)
@@ -195,7 +195,7 @@ def test_another_thread_can_train(tmp_path, finished, text):
 
 def test_leftovers_are_cleared(tmp_path, finished, text, monkeypatch):
     config, out = interrupted(monkeypatch, tmp_path, text, "dit", 20)
-    left = [out / ".metrics.jsonl.0123abcd.partial", out / "tokens" / ".train.bin.0123abcd.partial"]
+    left = [out / ".metrics.jsonl.0123abcd.partial", out / ".config.json.0123abcd.partial"]
     for path in left:
         path.write_bytes(b"half")
     half = shutil.copytree(out / "checkpoints" / "step_00000014", out / "checkpoints" / ".step_00000021.0123abcd.partial")
@@ -226,7 +226,7 @@ DAMAGE = {
     "flipped": _flip,
     "no manifest": lambda folder: (folder / "manifest.json").unlink(),
     "an empty manifest": lambda folder: (folder / "manifest.json").write_bytes(b""),
-    "a file too few": lambda folder: (folder / "generator.safetensors").unlink(),
+    "a file too few": lambda folder: (folder / "ema.safetensors").unlink(),
 }
 
 
@@ -234,7 +234,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_the_newest_checkpoint_is_damaged(tmp_path, finished, text, monkeypatch, capsys, damage, keep):
     """It is named, the one before it is used, and it stands in nobody's way: neither its successor's nor the count's."""
-    monkeypatch.setattr(trainer.shutil, "rmtree", lambda path, **options: None)  # a slow disk: more than ``keep`` are there
+    monkeypatch.setattr(run.shutil, "rmtree", lambda path, **options: None)  # a slow disk: more than ``keep`` are there
     config, out = interrupted(monkeypatch, tmp_path, text, "dit", 25, keep_checkpoints=keep)
     monkeypatch.undo()
     partial = next((out / "checkpoints").glob(".step_00000014.*"), None) or next((out / "checkpoints").glob("step_00000014"))
@@ -281,8 +281,9 @@ def test_the_finished_model_is_damaged(tmp_path, finished, text):
 
 def test_damaged_tokens_are_made_anew(tmp_path, finished, text, monkeypatch):
     config, out = interrupted(monkeypatch, tmp_path, text, "dit", 20)
-    raw = (out / "tokens" / "train.bin").read_bytes()
-    (out / "tokens" / "train.bin").write_bytes(raw[:50] + b"\0" * 500 + raw[550:])
+    shard = out / "tokens" / "train" / "00000.bin"
+    raw = shard.read_bytes()
+    shard.write_bytes(raw[:50] + b"\0" * 500 + raw[550:])
     assert_same_weights(train(config, out, progress=False), finished / "dit" / "model")
 
 
@@ -299,7 +300,7 @@ def test_a_checkpoint_of_another_network(tmp_path, text, monkeypatch):
 def test_checkpoints_are_ordered_by_number(tmp_path):
     for name in ("step_99999999", "step_100000000", "step_00000007", "corrupt_step_00000009_ab", "step_x"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    found = [p.name for p in trainer._checkpoints(tmp_path)]
+    found = [p.name for p in run.checkpoints(tmp_path)]
     assert found == ["step_100000000", "step_99999999", "step_00000007"]
 
 
@@ -348,7 +349,7 @@ def test_a_text_that_changed_between_two_calls(tmp_path, finished, monkeypatch):
     config, out = interrupted(monkeypatch, tmp_path, text, "dit", 20)
     kept = text.read_bytes()
     write_text(tmp_path, seed=1)
-    with pytest.raises(ValueError, match=r"data\.text: expected the text that .* was trained on so far, got another"):
+    with pytest.raises(ValueError, match=r"data, nce: expected the text, tokenizer and networks that .* was trained on so far, got others"):
         train(config, out, progress=False)
     text.write_bytes(kept)
     assert_same_weights(train(config, out, progress=False), finished / "dit" / "model")
@@ -359,7 +360,7 @@ def test_a_text_that_changed_between_two_calls(tmp_path, finished, monkeypatch):
     [
         ("", "expected text, got an empty file"),
         ("... 漢字 ...", "expected at least one token, got none"),
-        ("too short", "expected at least 32 tokens for windows of length 16, got 8"),
+        ("too short", "valid: text: expected at least one token, got none"),
         ("some words " * 20, "expected at least 16 tokens for one window of length 16, got 10;.*it takes about 320 characters"),
     ],
 )
@@ -368,7 +369,7 @@ def test_a_text_that_will_not_do_claims_no_folder(tmp_path, finished, text, cont
     bad.write_text(content)
     with pytest.raises(ValueError, match=message):
         train(tiny_config("dit", bad), tmp_path / "run", progress=False)
-    with pytest.raises(FileNotFoundError, match="text: expected a file or 'bundled'"):
+    with pytest.raises(FileNotFoundError, match="text: expected a file, a folder, 'bundled' or"):
         train(tiny_config("dit", tmp_path / "missing.txt"), tmp_path / "run", progress=False)
     assert_same_weights(train(tiny_config("dit", text), tmp_path / "run", progress=False), finished / "dit" / "model")
 
@@ -376,15 +377,15 @@ def test_a_text_that_will_not_do_claims_no_folder(tmp_path, finished, text, cont
 @kinds
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite(tmp_path, finished, text, monkeypatch, kind, bad):
-    real = OBJECTIVES[kind].loss
+    real = OBJECTIVES[kind].terms
 
-    def loss(self, model, x0, step):
-        value = real(self, model, x0, step)
+    def terms(self, rows, step):
+        value = real(self, rows, step)
         return value + bad if step == 17 else value  # its gradient is finite
 
     with monkeypatch.context() as patch:
-        patch.setattr(OBJECTIVES[kind], "loss", loss)
-        with pytest.raises(FloatingPointError, match=f"step 17: the loss is {bad}; lower optim.lr"):
+        patch.setattr(OBJECTIVES[kind], "terms", terms)
+        with pytest.raises(FloatingPointError, match=r"step 17: the loss is not finite; lower optim.lr.*the last good checkpoint is .*step_00000014"):
             train(tiny_config(kind, text), tmp_path / "run", progress=False)
     assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"step_00000007", "step_00000014"}
     assert [row["step"] for row in lines(tmp_path / "run")][-1] == 17

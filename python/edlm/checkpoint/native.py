@@ -9,13 +9,14 @@ and changes nothing on the disk. Nothing is ever unpickled.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ T = TypeVar("T")
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
+_NAMES, _SUFFIXES = (_MANIFEST, ".metadata"), (".safetensors", ".distcp")  # the second of each: sharded checkpoints
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
 
 
@@ -51,11 +53,26 @@ def save(path: str | Path, *, kind: str, meta: Mapping[str, Any], tensors: Mappi
         ValueError: ``path`` is something else than a checkpoint folder, or holds more than one: it is left alone; ``meta`` is not
         JSON; a stem is not a file's name. OSError: the disk's own. Whatever is raised, the checkpoint that was there still is.
     """
-    path = Path(path).resolve()  # a link is written through, and "." has a name
-    _check_replaceable(path)
     for stem in tensors:
         if not stem or Path(stem).name != stem or stem.startswith("."):
             raise ValueError(f"tensors: expected file stems, such as 'model', for keys, got {stem!r}")
+    with writing(path, kind=kind, meta=meta) as folder:
+        for stem, group in tensors.items():
+            file = folder / f"{stem}.safetensors"
+            try:
+                save_file({name: t.detach().cpu().contiguous().clone() for name, t in group.items()}, file)
+            except SafetensorError as error:
+                raise OSError(f"{file}: {error}") from error
+
+
+@contextlib.contextmanager
+def writing(path: str | Path, *, kind: str, meta: Mapping[str, Any]) -> Iterator[Path]:
+    """A temporary folder to put a checkpoint's files into; when the block ends it is sealed with a manifest and takes its place.
+
+    Raises as ``save``. An error inside the block leaves the checkpoint that was there.
+    """
+    path = Path(path).resolve()  # a link is written through, and "." has a name
+    _check_replaceable(path)
     try:
         json.dumps(meta, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -64,13 +81,9 @@ def save(path: str | Path, *, kind: str, meta: Mapping[str, Any], tensors: Mappi
     temporary = _partial(path)
     temporary.mkdir()
     try:
+        yield temporary
         files = {}
-        for stem, group in tensors.items():
-            file = temporary / f"{stem}.safetensors"
-            try:
-                save_file({name: t.detach().cpu().contiguous().clone() for name, t in group.items()}, file)
-            except SafetensorError as error:
-                raise OSError(f"{file}: {error}") from error
+        for file in sorted(temporary.iterdir()):
             file.chmod(temporary.stat().st_mode & 0o666)  # safetensors leaves it readable by its owner alone
             files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
             _flush(file)
@@ -94,22 +107,11 @@ def load(path: str | Path, *, kind: str | None = None) -> Checkpoint:
     path = Path(path)
 
     def read(folder: Path) -> Checkpoint:
-        manifest = _manifest(folder, path)
-        if kind is not None and manifest["kind"] != kind:
-            raise ValueError(f"{path}: expected a checkpoint of kind {kind!r}, got {manifest['kind']!r}")
+        manifest = _verified(folder, path, kind)
         tensors = {}
-        for name, expected in manifest["files"].items():
-            file = folder / name
-            if not file.is_file():
-                raise ValueError(f"{path}: corrupt checkpoint: {name} is missing")
-            if file.stat().st_size != expected["bytes"]:
-                raise ValueError(
-                    f"{path}: corrupt checkpoint: {name}: expected {expected['bytes']} bytes, got {file.stat().st_size}"
-                )
-            if _sha256(file) != expected["sha256"]:
-                raise ValueError(f"{path}: corrupt checkpoint: {name} does not match its checksum")
+        for name in manifest["files"]:
             try:
-                tensors[file.stem] = load_file(file)
+                tensors[Path(name).stem] = load_file(folder / name)
             except (SafetensorError, RuntimeError) as error:  # torch's own, where a writer has just replaced the file
                 raise ValueError(f"{path}: corrupt checkpoint: {name}: {error}") from None
         return Checkpoint(manifest["kind"], manifest["meta"], tensors)
@@ -117,10 +119,38 @@ def load(path: str | Path, *, kind: str | None = None) -> Checkpoint:
     return _settled(path, read)
 
 
+def verify(path: str | Path, *, kind: str | None = None) -> tuple[Path, dict[str, Any]]:
+    """The folder that holds checkpoint ``path``, and its ``meta``; every file was compared with its checksum. Raises as ``load``."""
+    path = Path(path)
+    return _settled(path, lambda folder: (folder, _verified(folder, path, kind)["meta"]))
+
+
+def _verified(folder: Path, path: Path, kind: str | None) -> dict[str, Any]:
+    """The manifest, after each file was found to be what it says."""
+    manifest = _manifest(folder, path)
+    if kind is not None and manifest["kind"] != kind:
+        raise ValueError(f"{path}: expected a checkpoint of kind {kind!r}, got {manifest['kind']!r}")
+    for name, expected in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"{path}: corrupt checkpoint: {name} is missing")
+        if file.stat().st_size != expected["bytes"]:
+            raise ValueError(f"{path}: corrupt checkpoint: {name}: expected {expected['bytes']} bytes, got {file.stat().st_size}")
+        if _sha256(file) != expected["sha256"]:
+            raise ValueError(f"{path}: corrupt checkpoint: {name} does not match its checksum")
+    return manifest
+
+
 def kind_of(path: str | Path) -> str:
     """The kind of the checkpoint at ``path``, from its manifest alone. Raises as ``load``."""
     path = Path(path)
     return _settled(path, lambda folder: _manifest(folder, path)["kind"])
+
+
+def meta_of(path: str | Path) -> dict[str, Any]:
+    """What was stored beside the tensors, from the manifest alone. Raises as ``load``."""
+    path = Path(path)
+    return _settled(path, lambda folder: _manifest(folder, path)["meta"])
 
 
 def clean(folder: str | Path) -> None:
@@ -159,7 +189,7 @@ def _holds_nothing_else(path: Path, *, temporary: bool = False) -> bool:
     if path.is_symlink() or not path.is_dir():
         return False
     return all(
-        p.is_file() and (p.name == _MANIFEST or p.suffix == ".safetensors" or (temporary and p.name.startswith(".tmp")))
+        p.is_file() and (p.name in _NAMES or p.suffix in _SUFFIXES or (temporary and p.name.startswith(".tmp")))
         for p in path.iterdir()
     )
 

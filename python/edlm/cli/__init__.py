@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read has left, as head does. What is still buffered goes nowhere, so that Python does not complain at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
-    except (ValueError, OSError, FloatingPointError, OverflowError, MemoryError) as error:
+    except (ValueError, OSError, FloatingPointError, OverflowError, MemoryError, ImportError) as error:
         print(f"edlm: error: {' '.join(line.strip() for line in str(error).splitlines())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -25,13 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    import torch
+
     from ..config import load
     from ..train import TrainConfig, train
 
     config, device = load(options.config, TrainConfig, options.overrides), device_named(options.device)
 
     def work() -> None:
-        print(f"trained: {train(config, options.out, device=device, progress=not options.quiet)}")
+        model = train(config, options.out, device=device, progress=not options.quiet)
+        if torch.distributed.get_node_local_rank(fallback_rank=0) == 0:
+            print(f"trained: {model}")
 
     return interruptible(work)
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..ops import gather_log_probs
+from ..ops import gather_log_probs, linear_log_probs
 from ..protocols import Denoiser, offers_head
 from .process import MaskedDiffusion, check_times, check_tokens, stratified_uniforms
 
@@ -23,7 +23,8 @@ def masked_nats(denoiser: Denoiser, x0: torch.Tensor, xt: torch.Tensor, t: torch
     """-sum over masked i of log mu_i(x0_i | xt), differentiable: float32 [B], in nats.
 
     The softmax runs on masked rows alone and excludes the mask. Where the denoiser offers ``hidden`` and ``head``, its head runs
-    on those rows alone as well. Sums over positions are float64.
+    on those rows alone as well; with an ``output_layer`` no logits are stored, in the backward neither. Sums over positions are
+    float64.
 
     Args:
         x0: int64 [B, L] without masks. xt: x0 with some positions masked. t: floating [B], handed on as float32.
@@ -34,14 +35,18 @@ def masked_nats(denoiser: Denoiser, x0: torch.Tensor, xt: torch.Tensor, t: torch
         )
     masked = xt == denoiser.mask_token_id
     t = t.to(torch.float32)
-    if offers_head(denoiser):
+    layer = getattr(denoiser, "output_layer", None) if offers_head(denoiser) else None
+    if layer is not None:
+        rows = denoiser.hidden(xt, t)[masked]
+        log_probs = linear_log_probs(rows, layer.weight, x0[masked], layer.bias, forbidden=denoiser.mask_token_id)
+    elif offers_head(denoiser):
         rows = denoiser.head(denoiser.hidden(xt, t)[masked])
+        log_probs = gather_log_probs(rows, x0[masked], forbidden=denoiser.mask_token_id)
     else:
         logits = denoiser(xt, t)
         if logits.dim() != 3 or logits.shape[:2] != xt.shape:
             raise ValueError(f"denoiser: expected logits [B, L, V] = [{xt.shape[0]}, {xt.shape[1]}, V], got {list(logits.shape)}")
-        rows = logits[masked]
-    log_probs = gather_log_probs(rows, x0[masked], forbidden=denoiser.mask_token_id)
+        log_probs = gather_log_probs(logits[masked], x0[masked], forbidden=denoiser.mask_token_id)
     # Scattered back before summing: the order of a row's sum does not depend on its neighbours, nor on atomics.
     table = torch.zeros(xt.shape, dtype=torch.float64, device=xt.device).masked_scatter(masked, -log_probs.double())
     return table.sum(1).float()

@@ -70,6 +70,11 @@ class DiT(Pretrained, nn.Module):
         x = self.transformer(self.vocab_embed(xt), condition)
         return modulate(self.norm_final(x), *self.adaLN_final(condition))
 
+    @property
+    def output_layer(self) -> nn.Linear:
+        """The head, for those who need no logits (``edlm.ops.linear_log_probs``)."""
+        return self.linear
+
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., dim] -> logits [..., V]."""
         return self.linear(hidden)

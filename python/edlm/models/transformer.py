@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from .layers import LayerNorm, Modulation, Rotary, modulate
 
@@ -57,12 +58,18 @@ class Transformer(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected a share in [0, 1), got {dropout}")
         self.head_dim = dim // num_heads
+        self.checkpoint_activations = (
+            False  # in training: keep each block's input alone, and compute the block again in the backward
+        )
         self.blocks = nn.ModuleList(Block(dim, num_heads, dropout, causal=causal, cond_dim=cond_dim) for _ in range(num_layers))
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
         rotary = Rotary(x.shape[1], self.head_dim, x.device)
         for block in self.blocks:
-            x = block(x, rotary, condition)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotary, condition, use_reentrant=False)
+            else:
+                x = block(x, rotary, condition)
         return x
 
 

@@ -6,24 +6,35 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..models import CausalLM, CausalLMConfig, DiT, DiTConfig, preset
+from ..models import CausalLM, CausalLMConfig, DiT, DiTConfig, NCEEnergy, preset
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """[model]. ``preset`` gives the sizes; a size that is set replaces the preset's."""
+    """[model]. ``preset`` gives the sizes; a size that is set replaces the preset's.
 
-    kind: Literal["dit", "causal_lm"]
-    preset: str = "tiny"
+    An ``nce_energy`` has the sizes of the denoiser that it starts from, so it takes none but ``dropout``.
+    """
+
+    kind: Literal["dit", "causal_lm", "nce_energy"]
+    preset: str | None = None  # tiny
     dim: int | None = None
     num_layers: int | None = None
     num_heads: int | None = None
     dropout: float | None = None
     cond_dim: int = 128  # dit
     time_conditioning: bool = False  # dit
+    pooling: Literal["sum", "mean"] = "sum"  # nce_energy
 
     def __post_init__(self) -> None:
-        preset(self.preset)
+        if self.preset is not None:
+            preset(self.preset)
+        if self.kind == "nce_energy":
+            given = [name for name in ("preset", "dim", "num_layers", "num_heads") if getattr(self, name) is not None]
+            if given:
+                raise ValueError(
+                    f"{given[0]}: expected none with kind 'nce_energy', which has its proposal's sizes; leave it out"
+                )
         for name in ("dim", "num_layers", "num_heads", "cond_dim"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number >= 1, got {getattr(self, name)}")
@@ -32,7 +43,7 @@ class ModelSpec:
 
     def build(self, *, vocab_size: int, mask_token_id: int, bos_token_id: int) -> DiT | CausalLM:
         """An untrained network from torch's global generator. ``vocab_size`` counts the mask, which is the last id."""
-        sizes = preset(self.preset)
+        sizes = preset(self.preset or "tiny")
         sizes |= {name: getattr(self, name) for name in sizes if getattr(self, name) is not None}
         if self.kind == "dit":
             return DiT(
@@ -46,25 +57,40 @@ class ModelSpec:
             )
         return CausalLM(CausalLMConfig(vocab_size=vocab_size - 1, bos_token_id=bos_token_id, **sizes))
 
+    def build_energy(self, proposal: DiT) -> NCEEnergy:
+        """The energy that starts as a copy of the proposal, and as 0."""
+        return NCEEnergy.from_denoiser(proposal, pooling=self.pooling, dropout=self.dropout)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """[data]. ``text`` is "bundled" or a UTF-8 file (.txt, .xz, .gz); it is split 90 / 5 / 5 in order."""
+    """[data].
+
+    ``text``: "bundled", a UTF-8 file (.txt, .xz, .gz: split 90 / 5 / 5 in order), a folder (of train.*, valid.*, test.*, or of any text
+    files) or the name of a dataset (``edlm.data.CORPORA``). ``tokens``: instead, a folder that ``edlm data build`` made.
+    ``tokenizer``: "text8", or where a BPE lies (a tokenizer.json, or a folder with GPT-2's two files).
+    ``blocks``: "plain" windows, or "bos_eos": length - 2 tokens between BOS and EOS.
+    """
 
     text: str = "bundled"
-    tokenizer: Literal["text8"] = "text8"
+    tokens: str | None = None
+    tokenizer: str = "text8"
     length: int = 128
+    blocks: Literal["plain", "bos_eos"] = "plain"
+    workers: int = 1
 
     def __post_init__(self) -> None:
-        if self.length < 1:
-            raise ValueError(f"length: expected a number >= 1, got {self.length}")
+        if self.length < (1 if self.blocks == "plain" else 3):
+            raise ValueError(f"length: expected a number >= 1 (3 with BOS and EOS), got {self.length}")
+        if self.workers < 1:
+            raise ValueError(f"workers: expected a number >= 1, got {self.workers}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionSpec:
-    """[diffusion], for a dit. ``t_min`` bounds the weight 1/t of the loss; the part below it is not trained on."""
+    """[diffusion], for a dit and for NCE. ``t_min`` bounds the weight 1/t of the loss; the part below it is not trained on."""
 
-    schedule: Literal["log_linear", "cosine"] = "log_linear"
+    schedule: Literal["log_linear", "cosine", "linear", "geometric"] = "log_linear"
     eps: float = 1e-3
     t_min: float = 1e-3
 
@@ -72,6 +98,59 @@ class DiffusionSpec:
         for name in ("eps", "t_min"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}; 1e-3 is usual")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NceSpec:
+    """[nce]: noise contrastive estimation against a frozen ``proposal``, the folder of a trained denoiser.
+
+    An ``nce_energy`` starts from the proposal's weights. A ``causal_lm`` starts from ``start``, the folder of a trained one, and its
+    residual energy is what is trained (``carry_over`` as in ``ARResidualEnergy``).
+    """
+
+    proposal: str
+    start: str | None = None
+    num_negatives: int = 1
+    carry_over: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_negatives < 1:
+            raise ValueError(f"num_negatives: expected a number >= 1, got {self.num_negatives}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemSpec:
+    """[system]: how a run computes. None of it changes what is computed but for rounding, ``micro_batch_size`` with dropout excepted.
+
+    ``micro_batch_size``: rows that go through the network at once; the gradients of a batch are added up, and processes share its
+    micro-batches. Dropout masks belong to a micro-batch, so with one size they are the same for any number of processes. None is the
+    batch divided by the processes.
+    ``precision``: "bfloat16" is autocast: weights, losses and sums stay float32. ``parallel``: "ddp" copies the model, "fsdp" shards it
+    (FSDP2); checkpoints of either go on as the other, and with another number of processes.
+    """
+
+    micro_batch_size: int | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    activation_checkpointing: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size: expected a number >= 1, got {self.micro_batch_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingSpec:
+    """[logging]. ``metrics.jsonl`` is always written; ``sinks`` adds others. ``samples``: texts to generate at each validation."""
+
+    sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    samples: int = 0
+    sample_steps: int = 32
+
+    def __post_init__(self) -> None:
+        if self.samples < 0 or self.sample_steps < 1:
+            raise ValueError(f"samples, sample_steps: expected >= 0 and >= 1, got {self.samples}, {self.sample_steps}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +188,9 @@ class TrainConfig:
     data: DataSpec = field(default_factory=DataSpec)
     diffusion: DiffusionSpec = field(default_factory=DiffusionSpec)
     optim: OptimSpec = field(default_factory=OptimSpec)
+    nce: NceSpec | None = None
+    system: SystemSpec = field(default_factory=SystemSpec)
+    logging: LoggingSpec = field(default_factory=LoggingSpec)
     steps: int = 1000
     batch_size: int = 32
     seed: int = 0
@@ -124,3 +206,16 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected a number >= 1, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: expected a number in 0 .. 2**63 - 1, got {self.seed}")
+        if self.model.kind == "nce_energy" and self.nce is None:
+            raise ValueError("nce: expected a table [nce] with the proposal's folder for kind 'nce_energy', got none")
+        if self.nce is not None and self.model.kind == "dit":
+            raise ValueError("nce: expected kind 'nce_energy' or 'causal_lm' with a table [nce], got 'dit'")
+        if self.nce is not None and (self.model.kind == "causal_lm") != (self.nce.start is not None):
+            raise ValueError(
+                "nce.start: expected the folder of a trained model with kind 'causal_lm', and none with 'nce_energy'"
+            )
+        if self.nce is not None and self.nce.carry_over and self.model.kind == "nce_energy":
+            raise ValueError("nce.carry_over: expected kind 'causal_lm' with it, got 'nce_energy'")
+        micro = self.system.micro_batch_size
+        if micro is not None and self.batch_size % micro:
+            raise ValueError(f"system.micro_batch_size: expected a divisor of batch_size {self.batch_size}, got {micro}")

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .configuration import OptimSpec
+from .distributed import whole
 
 
 def learning_rate(spec: OptimSpec, step: int, steps: int) -> float:
@@ -33,10 +34,17 @@ class Optimizer:
             {"params": [p for p in self.named.values() if p.dim() < 2], "weight_decay": 0.0},
         ]
         self.adamw = torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas)
+        # As AdamW makes them at its first step: there from the beginning, a checkpoint is read into them, sharded or not.
+        for parameter in self.named.values():
+            self.adamw.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
     def step(self, step: int) -> tuple[float, float]:
         """Clip, set the rate, move. Returns the learning rate and the gradient's norm before clipping."""
-        norm = float(nn.utils.clip_grad_norm_(self.named.values(), self.spec.grad_clip))
+        norm = float(whole(nn.utils.clip_grad_norm_(self.named.values(), self.spec.grad_clip)))
         rate = learning_rate(self.spec, step, self.steps)
         for group in self.adamw.param_groups:
             group["lr"] = rate
@@ -50,14 +58,5 @@ class Optimizer:
     def state(self) -> dict[str, torch.Tensor]:
         """name/key -> tensor: the moments and the step count of every parameter."""
         return {
-            f"{name}/{key}": torch.as_tensor(value)
-            for name, parameter in self.named.items()
-            for key, value in self.adamw.state[parameter].items()
+            f"{name}/{key}": value for name, parameter in self.named.items() for key, value in self.adamw.state[parameter].items()
         }
-
-    def load(self, state: dict[str, torch.Tensor]) -> None:
-        """What ``state()`` gave. KeyError: a parameter that the model does not have."""
-        for full, value in state.items():
-            name, key = full.rsplit("/", 1)
-            parameter = self.named[name]
-            self.adamw.state[parameter][key] = value if key == "step" else value.to(parameter.device)

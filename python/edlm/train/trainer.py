@@ -1,24 +1,19 @@
-"""The training loop of one process: ``train(config, out)``. Killed at any moment, called again, it ends with the same weights.
+"""The training loop: ``train(config, out)``, in one process or in those of torchrun. Killed at any moment, called again, it ends with
+the same weights.
 
-NOTE: bit by bit on the CPU with the same number of threads; on CUDA backward passes need not add in a fixed order.
-
-A run folder holds ``config.json``, ``metrics.jsonl``, ``tokens/``, ``checkpoints/step_*`` (the last few) and, at the end, ``model``:
-the EMA weights as ``from_pretrained`` reads them. Data order and corruption are functions of the step; a checkpoint adds the
-weights, their average, the optimizer and torch's generator, which dropout reads.
+NOTE: bit by bit on the CPU with the same number of threads and processes; on CUDA backward passes need not add in a fixed order. Data
+order, corruption, negatives and dropout are functions of the step and the row, so nothing but weights, their average and the optimizer
+has to be stored, and any number of processes computes the same batch.
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import hashlib
 import json
 import math
 import os
-import re
-import secrets
-import shutil
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,17 +23,16 @@ from typing import Any
 
 import torch
 
-from .. import checkpoint
-from ..config import to_dict
-from ..data import CharTokenizer, WindowDataset, pack, read_text, replace_file, split, windows
+from ..eval import Estimate
+from ..models import CausalLM, DiT
+from . import run
 from .configuration import TrainConfig
+from .distributed import Shared, World, joined
 from .ema import EMA
-from .logging import Metrics, Progress
-from .objectives import objective_for
+from .objectives import Objective, objective_for
 from .optim import Optimizer
-
-_PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
-_STEP = re.compile(r"step_(\d+)")
+from .record import Record
+from .text import TrainingText
 
 
 class Interrupted(Exception):
@@ -57,151 +51,215 @@ def train(
 
     Args:
         config: of the run. out: its folder; one that holds another configuration's run, or something else, is refused.
-        device: CUDA where there is one, else the CPU. progress: a bar on stderr, under ``name``.
+        device: CUDA where there is one, else the CPU; each process of torchrun has its own. progress: a bar on stderr, under ``name``.
 
     Returns:
         The folder of the trained model (EMA weights), for ``from_pretrained``.
 
     Raises:
-        ValueError: the folder belongs to another configuration or text, or is in use by another process; its model, or every one of
-        its checkpoints, is corrupt; bad text. FloatingPointError: the loss or gradient is not finite; the last checkpoint stays.
-        Interrupted: Ctrl-C, after a checkpoint was written; a second Ctrl-C stops at once.
+        ValueError: the folder belongs to another configuration or text, or is in use by another run; its model, or every one of
+        its checkpoints, is corrupt; bad text; a proposal with another tokenizer. FloatingPointError: the loss or gradient is not
+        finite; the last checkpoint stays. OSError: the disk is full; the last checkpoint stays. Interrupted: Ctrl-C, after a
+        checkpoint was written; a second Ctrl-C stops at once.
 
-    torch's global generator is seeded: weights and dropout come from it.
+    Every process of torchrun calls this with the same arguments. The first one reads text, writes files and shows progress.
+    torch's global generator is seeded, anew in each step: weights and dropout come from it.
     """
     out = Path(out)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out: expected a folder, got the file {out}; choose another name")
-    out.mkdir(parents=True, exist_ok=True)
-    with _only_one(out), _ctrl_c() as interrupted:
-        _check_claim(out, config)
-        if (out / "model").exists():
-            return _finished(out / "model", config.model.kind)
-
-        tokenizer = {"text8": CharTokenizer}[config.data.tokenizer]()
-        text = read_text(config.data.text)
-        dataset, held_out = _data(text, tokenizer, out / "tokens", config)
-        held_out = held_out.to(device)
-        objective = objective_for(config, tokenizer.mask_token_id)
-
-        torch.manual_seed(config.seed)
-        model = config.model.build(
-            vocab_size=tokenizer.vocab_size, mask_token_id=tokenizer.mask_token_id, bos_token_id=tokenizer.bos_token_id
-        ).to(device)
+    with joined(device) as world, contextlib.ExitStack() as stack:
+        interrupted = stack.enter_context(_ctrl_c())
+        done = world.first(lambda: _open(out, config, stack))
+        if done:
+            return out / "model"
+        text = TrainingText.open(config, out / "tokens", world, progress=progress)
+        networks, source = _networks(config, text, world)
+        model = _model(config, text, networks).to(world.device)
+        objective = objective_for(config, model, text.tokenizer.mask_token_id, networks.get("proposal"))
+        shared = Shared(objective, model.transformer.blocks, world, config.system.parallel)
         ema, optimizer = EMA(model, config.optim.ema_decay), Optimizer(model, config.optim, config.steps)
+        micro = _micro_batches(config, world)
         # Only now: a mistake in the text or the sizes does not claim the folder, and can be mended in it.
-        replace_file(out / "config.json", (json.dumps(to_dict(config), indent=1) + "\n").encode())
-        source = hashlib.sha256(text.encode()).hexdigest()
-        first = _resume(out, source, model, ema, optimizer)
-        metrics = Metrics(out / "metrics.jsonl", resume_step=first)
-        bar = Progress(name or config.model.kind, first, config.steps, config.batch_size * config.data.length, show=progress)
+        world.first(lambda: run.claim(out, config))
+        first = run.resume(out, source, model, ema, optimizer, world)
+        record = Record(config, out, first, world, objective, text, name=name, progress=progress)
 
-        model.train()
-        with bar:
+        with record:
             for step in range(first, config.steps):
-                loss = objective.loss(model, dataset.batch(step).to(device), step)
-                nats = float(loss.detach())
-                if not math.isfinite(nats):
-                    raise FloatingPointError(f"step {step}: the loss is {nats}; lower optim.lr, or look for bad data")
-                loss.backward()
-                rate, norm = optimizer.step(step)
-                ema.update(model, step)
+                model.train()
+                totals = torch.zeros(len(objective.names), dtype=torch.float64)
+                for i, rows in enumerate(micro):
+                    x0 = text.dataset.rows(step, rows.start, rows.stop).to(world.device)
+                    torch.manual_seed(_dropout_seed(config.seed, step, rows.start))
+                    with shared.gradients_reduced(now=i == len(micro) - 1):
+                        terms = shared(objective.terms, objective.rows(x0, rows.start, step), step)
+                        # The processes average their gradients; the loss is a mean over the batch of all of them.
+                        (terms[0] * (world.size / _count(objective, config))).backward()
+                    totals += terms.detach().cpu().double()
+                figures, stop = _agree(world, totals, interrupted(), step, config.steps)
+                means = _means(objective, figures, config)
+                if not math.isfinite(means[objective.names[0]]):
+                    raise FloatingPointError(_not_finite("loss", step, out))
+                try:
+                    rate, norm = optimizer.step(step)
+                except FloatingPointError:
+                    raise FloatingPointError(_not_finite("gradient", step, out)) from None
+                ema.update(step)
                 done = step + 1
-                bar.advance(nats)
-                line = {}
-                if done % config.log_every == 0:
-                    line |= {"loss": nats, "lr": rate, "grad_norm": norm, "tokens_per_second": round(bar.tokens_per_second)}
+                record.step(done, means, rate, norm)
                 if done % config.valid_every == 0 or done == config.steps:
-                    estimate = objective.validate(ema.model, held_out)
-                    bits = estimate.bits_per_character()
-                    line |= {"valid_loss": estimate.mean, "valid_bits": bits.mean, "valid_bits_stderr": bits.stderr}
-                    bar.validated(f"{bits.mean:.3f}")
-                if line:
-                    metrics.write(done, **line)
-                stop = interrupted() and done < config.steps
+                    with record.paused(), ema.in_place():
+                        model.eval()
+                        record.validated(
+                            done, _validate(shared, objective, text, world), _samples(shared, objective, config, text)
+                        )
+                record.write(done)
                 if done % config.checkpoint_every == 0 or done == config.steps or stop:
-                    _save(out, done, source, model, ema, optimizer, config.keep_checkpoints)
+                    with record.paused():
+                        run.save(
+                            out,
+                            done,
+                            meta={"source": source, "valid_loss": record.valid_loss(done)},
+                            model=model,
+                            ema=ema,
+                            optimizer=optimizer,
+                            keep=config.keep_checkpoints,
+                            world=world,
+                            sharded=config.system.parallel == "fsdp",
+                        )
                 if stop:
                     raise Interrupted(f"stopped at step {done} of {config.steps}; the same command goes on from there")
-        ema.model.save_pretrained(out / "model", tokenizer=tokenizer.description())
+        described = text.tokenizer.description()
+        run.export_best(out, model, ema, described, world)
+        run.export(out / "model", model, ema.weights, described, world)
     return out / "model"
 
 
-# --- the run folder ---------------------------------------------------------------------------------------------------------------
+# --- before the loop --------------------------------------------------------------------------------------------------------------
 
 
-def _check_claim(out: Path, config: TrainConfig) -> None:
-    """See that the folder is this configuration's, or free; then clear away what a kill left behind."""
-    file, plain = out / "config.json", to_dict(config)
-    if not file.exists():
-        foreign = [name for name in ("model", "checkpoints", "metrics.jsonl") if (out / name).exists()]
-        if foreign:
-            raise ValueError(
-                f"out: {out} holds {', '.join(foreign)} without a config.json: not a run of edlm; choose another folder"
-            )
-        return
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        before = None
-    if not isinstance(before, dict):
-        raise ValueError(f"{file}: expected the run's configuration, got something unreadable; choose another folder")
-    changed = _differences(before, plain)
-    if changed:
-        raise ValueError(
-            f"out: {out} holds a run of another configuration ({', '.join(changed)} differ); choose another folder, or remove it"
+def _open(out: Path, config: TrainConfig, stack: contextlib.ExitStack) -> bool:
+    """See that the folder is this run's and nobody else is in it; whether the run has come to its end."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: expected a folder, got the file {out}; choose another name")
+    out.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(run.only_one(out))
+    run.check_claim(out, config)
+    if (out / "model").exists():
+        run.finished(out / "model", config.model.kind)
+        return True
+    return False
+
+
+def _networks(config: TrainConfig, text: TrainingText, world: World) -> tuple[dict[str, Any], str]:
+    """The trained networks that NCE stands on, by their names in [nce]; and what the run is made from, as one string."""
+    source = hashlib.sha256(text.fingerprint.encode())
+    networks: dict[str, Any] = {}
+    if config.nce is not None:
+        for key, kind, path in (("proposal", DiT, config.nce.proposal), ("start", CausalLM, config.nce.start)):
+            if path is None:
+                continue
+            network = kind.from_pretrained(path, device=world.device)
+            if network.tokenizer_description != text.tokenizer.description():
+                raise ValueError(
+                    f"nce.{key}: expected a network with the tokenizer of data.tokenizer, {_short(text.tokenizer.description())}, got "
+                    f"{_short(network.tokenizer_description)} in {path}; the two must read the same ids"
+                )
+            networks[key] = network
+            for name, tensor in network.state_dict().items():
+                source.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return networks, source.hexdigest()
+
+
+def _short(description: Any) -> str:
+    text = json.dumps(description)
+    return text if len(text) < 80 else text[:60] + "..."
+
+
+def _model(config: TrainConfig, text: TrainingText, networks: dict[str, Any]) -> Any:
+    """The network to train, the same in every process."""
+    torch.manual_seed(config.seed)
+    if config.model.kind == "nce_energy":
+        model: Any = config.model.build_energy(networks["proposal"])
+    elif config.nce is not None:
+        model = networks["start"].requires_grad_(True)
+        if config.model.dropout is not None:
+            for block in model.transformer.blocks:
+                block.dropout = config.model.dropout
+    else:
+        tokenizer = text.tokenizer
+        model = config.model.build(
+            vocab_size=tokenizer.vocab_size, mask_token_id=tokenizer.mask_token_id, bos_token_id=tokenizer.bos_token_id
         )
-    checkpoint.clean(out)
-    checkpoint.clean(out / "checkpoints")
-    for partial in [*out.glob(".*.partial"), *(out / "tokens").glob(".*.partial")]:
-        if partial.is_file() and _PARTIAL.fullmatch(partial.name):
-            partial.unlink()
+    model.transformer.checkpoint_activations = config.system.activation_checkpointing
+    if config.system.compile:
+        for block in model.transformer.blocks:
+            block.compile()
+    return model
 
 
-def _differences(before: dict[str, Any], after: dict[str, Any], where: str = "") -> list[str]:
-    """The keys whose values differ, nested ones as a.b."""
-    changed = []
-    for key in sorted(before.keys() | after.keys()):
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            changed += _differences(old, new, f"{where}{key}.")
-        elif old != new:
-            changed.append(where + key)
-    return changed
-
-
-def _finished(path: Path, kind: str) -> Path:
-    """The model of a run that came to its end: complete and intact, or an error that says what is not."""
-    try:
-        checkpoint.load(path, kind=kind)
-    except ValueError as error:
-        raise ValueError(f"{error}; move it away, and the same command writes it again from the last checkpoint") from None
-    return path
-
-
-def _data(text: str, tokenizer: CharTokenizer, folder: Path, config: TrainConfig) -> tuple[WindowDataset, torch.Tensor]:
-    """What is trained on, and the windows that are validated on."""
-    parts, length = split(text), config.data.length
-    try:
-        dataset = WindowDataset(pack(parts.train, tokenizer, folder / "train.bin"), length, config.batch_size, seed=config.seed)
-        return dataset, windows(pack(parts.valid, tokenizer, folder / "valid.bin"), length, config.valid_windows)
-    except ValueError as error:
+def _micro_batches(config: TrainConfig, world: World) -> list[range]:
+    """The rows of a batch that this process computes, a micro-batch each."""
+    size = config.system.micro_batch_size
+    if size is None:
+        if config.batch_size % world.size:
+            raise ValueError(f"batch_size: expected a multiple of the {world.size} processes, got {config.batch_size}")
+        size = config.batch_size // world.size
+    count = config.batch_size // size
+    if count % world.size:
         raise ValueError(
-            f"data.text: {config.data.text}: {error} (90 % of the text are trained on, the next 5 % validated on: "
-            f"it takes about {20 * length} characters for data.length = {length})"
-        ) from None
+            f"system.micro_batch_size: expected batch_size / micro_batch_size to be a multiple of the {world.size} processes, got "
+            f"{config.batch_size} / {size} = {count}"
+        )
+    mine = range(world.rank * count // world.size, (world.rank + 1) * count // world.size)
+    return [range(i * size, (i + 1) * size) for i in mine]
 
 
-@contextmanager
-def _only_one(out: Path) -> Iterator[None]:
-    """Two processes in one folder would undo each other's work. The lock goes with the process, however it ends."""
-    with (out / ".lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"out: {out} is in use by another training process; wait for it, or choose another folder") from None
-        yield
+def _dropout_seed(seed: int, step: int, row: int) -> int:
+    """Of a micro-batch, whoever computes it; hashed, so that neighbouring seeds share nothing."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{row}".encode(), digest_size=8).digest(), "little") >> 1
+
+
+# --- in the loop ------------------------------------------------------------------------------------------------------------------
+
+
+def _count(objective: Objective, config: TrainConfig) -> int:
+    return config.batch_size * (config.data.length if objective.per == "token" else 1)
+
+
+def _means(objective: Objective, figures: torch.Tensor, config: TrainConfig) -> dict[str, float]:
+    return dict(zip(objective.names, (figures / _count(objective, config)).tolist(), strict=True))
+
+
+def _agree(world: World, totals: torch.Tensor, interrupted: bool, step: int, steps: int) -> tuple[torch.Tensor, bool]:
+    """Sums over the processes, and whether any of them was told to stop before the last step."""
+    both = torch.cat([totals, torch.tensor([float(interrupted)], dtype=torch.float64)])
+    both = world.sum(both.to(world.device)).cpu()
+    return both[:-1], bool(both[-1] > 0) and step + 1 < steps
+
+
+def _not_finite(what: str, step: int, out: Path) -> str:
+    kept = run.checkpoints(out)
+    last = f"the last good checkpoint is {kept[0]}" if kept else "no checkpoint had been written yet"
+    return f"step {step}: the {what} is not finite; lower optim.lr, or look for bad data; {last}"
+
+
+def _validate(shared: Shared, objective: Objective, text: TrainingText, world: World) -> dict[str, Estimate]:
+    """The held-out windows, shared among the processes where they can be shared evenly."""
+    x0, count = text.held_out.to(world.device), len(text.held_out)
+    seeds = objective.valid_seed + torch.arange(count, device=world.device)
+    if world.size == 1 or count % world.size:
+        return shared.evaluate(objective.validate, x0, seeds)
+    mine = slice(world.rank, None, world.size)
+    parts = shared.evaluate(objective.validate, x0[mine], seeds[mine])
+    return {name: world.pooled(part) for name, part in parts.items()}
+
+
+def _samples(shared: Shared, objective: Objective, config: TrainConfig, text: TrainingText) -> list[str]:
+    spec = config.logging
+    if not spec.samples:
+        return []
+    tokens = shared.evaluate(objective.sample, spec.samples, config.data.length, spec.sample_steps)
+    return [] if tokens is None else [text.tokenizer.decode(row) for row in tokens.tolist()]
 
 
 @contextmanager
@@ -223,75 +281,3 @@ def _ctrl_c() -> Iterator[Callable[[], bool]]:
         yield seen.is_set
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-def _checkpoints(out: Path) -> list[Path]:
-    """Newest first."""
-    found = [(int(m[1]), path) for path in (out / "checkpoints").glob("step_*") if (m := _STEP.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
-
-
-def _save(out: Path, step: int, source: str, model: torch.nn.Module, ema: EMA, optimizer: Optimizer, keep: int) -> None:
-    generators = {"cpu": torch.get_rng_state()}
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        generators["cuda"] = torch.cuda.get_rng_state(device)
-    checkpoint.save(
-        out / "checkpoints" / f"step_{step:08d}",
-        kind="trainer",
-        meta={"step": step, "text_sha256": source},
-        tensors={
-            "model": model.state_dict(),
-            "ema": ema.model.state_dict(),
-            "optimizer": optimizer.state(),
-            "generator": generators,
-        },
-    )
-    for old in _checkpoints(out)[keep:]:
-        # It loses its name first, so that a kill leaves no half of it under that name.
-        gone = old.with_name(f".{old.name}.{secrets.token_hex(4)}.partial")
-        old.rename(gone)
-        shutil.rmtree(gone)
-
-
-def _resume(out: Path, source: str, model: torch.nn.Module, ema: EMA, optimizer: Optimizer) -> int:
-    """Load the newest checkpoint that is whole; the number of steps done. One that is not is named and set aside.
-
-    Where there are checkpoints and none is whole, that is an error: no kill does that, and to start again is for the user to say.
-    """
-    corrupt: list[tuple[Path, ValueError]] = []
-    for path in _checkpoints(out):
-        try:
-            stored = checkpoint.load(path, kind="trainer")
-        except ValueError as error:
-            corrupt.append((path, error))
-            continue
-        break
-    else:
-        if corrupt:
-            raise ValueError(
-                f"out: expected a whole checkpoint in {out / 'checkpoints'}, got {len(corrupt)} corrupt ones ({corrupt[0][1]}); "
-                "move that folder away to train from the beginning"
-            )
-        return 0
-    if stored.meta["text_sha256"] != source:
-        raise ValueError(
-            f"data.text: expected the text that {out} was trained on so far, got another under the same name; bring it back, or choose "
-            "another folder"
-        )
-    try:
-        model.load_state_dict(stored.tensors["model"])
-        ema.model.load_state_dict(stored.tensors["ema"])
-        optimizer.load(stored.tensors["optimizer"])
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(f"{path}: expected a checkpoint of this configuration's model, got another: {error}") from None
-    torch.set_rng_state(stored.tensors["generator"]["cpu"])
-    device = next(model.parameters()).device
-    if device.type == "cuda" and "cuda" in stored.tensors["generator"]:
-        torch.cuda.set_rng_state(stored.tensors["generator"]["cuda"], device)
-    for bad, error in corrupt:
-        # Out of the way of its successor's name, and of the count of those that are kept.
-        aside = bad.with_name(f"corrupt_{bad.name}_{secrets.token_hex(4)}")
-        bad.rename(aside)
-        print(f"edlm: {error}; going back to step {stored.meta['step']}, and keeping it as {aside.name}", file=sys.stderr)
-    return stored.meta["step"]

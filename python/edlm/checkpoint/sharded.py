@@ -1,0 +1,60 @@
+"""Checkpoints of sharded tensors: each process writes its parts, through torch.distributed.checkpoint, into one folder of ``native``.
+
+The folder has the same manifest and checksums, and appears as a whole. It can be read by any number of processes, sharded otherwise or
+not at all. NOTE: torch's index of the parts, ``.metadata``, is a pickle; it is opened after its checksum was verified, which guards
+against damage and not against malice. Models are exported as safetensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .native import writing
+
+State = Mapping[str, Mapping[str, torch.Tensor]]
+
+
+def save_sharded(path: str | Path, *, kind: str, meta: Mapping[str, Any], tensors: State) -> None:
+    """Write a checkpoint; every process of the default group calls this with its parts (DTensors) of the same tensors.
+
+    Raises: as ``save``; where one process fails to write, all of them raise.
+    """
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+
+    many = dist.is_available() and dist.is_initialized()
+    first = not many or dist.get_rank() == 0
+    with writing(path, kind=kind, meta=meta) if first else contextlib.nullcontext() as folder:
+        name = [str(folder)]
+        if many:
+            dist.broadcast_object_list(name, src=0)
+        try:
+            dcp.save({stem: dict(group) for stem, group in tensors.items()}, checkpoint_id=name[0], no_dist=not many)
+        except dcp.api.CheckpointException as error:
+            raise OSError(f"{path}: not saved: {'; '.join(str(e[0]) for e in error.failures.values())}") from error
+    if many:
+        dist.barrier()  # nobody goes on, to remove an old one perhaps, before this one has its name
+
+
+def load_sharded(folder: Path, tensors: State) -> None:
+    """Fill ``tensors``, sharded or not, from a folder that ``verify`` gave; every process of the default group calls this.
+
+    Raises:
+        ValueError: names or shapes that the folder does not hold.
+    """
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+
+    alone = not (dist.is_available() and dist.is_initialized())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a load without a process group, which is what is meant
+            dcp.load({stem: dict(group) for stem, group in tensors.items()}, checkpoint_id=folder, no_dist=alone)
+    except dcp.api.CheckpointException as error:
+        raise ValueError(f"{folder}: expected other tensors: {'; '.join(str(e[0]) for e in error.failures.values())}") from None
