@@ -69,7 +69,9 @@ def test_walls(path):
             target = name.split(".")[1]
             assert target in allowed, f"{path.name}:{line}: {here} may not import {target}"
         else:
-            assert top in BASE | EXTRAS.get(here, set()) | {"__future__"}, f"{path.name}:{line}: {top} is not part of the base install"
+            assert top in BASE | EXTRAS.get(here, set()) | {"__future__"}, (
+                f"{path.name}:{line}: {top} is not part of the base install"
+            )
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if room(p) == "ops"], ids=lambda p: p.name)

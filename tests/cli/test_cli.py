@@ -34,6 +34,10 @@ def folder(tmp_path_factory):
         (folder / f"{run}.toml").write_text(toml(tiny_values(kind, text, steps=8)))
         arguments = ["train", str(folder / f"{run}.toml"), "--out", str(folder / "runs" / run), "--quiet", "--device", "cpu"]
         assert main(arguments) == 0
+    nce = tiny_values("nce_energy", text, steps=4, nce={"proposal": str(folder / "runs" / "dit" / "model")})
+    nce["model"] = {"kind": "nce_energy"}
+    (folder / "nce.toml").write_text(toml(nce))
+    assert main(["train", str(folder / "nce.toml"), "--out", str(folder / "runs" / "nce"), "--quiet", "--device", "cpu"]) == 0
     (folder / "empty.txt").write_text(" \n")
     (folder / "short.txt").write_text("short")
     shutil.copytree(folder / "runs" / "dit" / "model", folder / "corrupt")
@@ -157,6 +161,13 @@ def test_sample_with_an_energy(edlm):
     assert json.loads(edlm("sample", DIT, "--length", 16, "--steps", 10, "--energy", AR, "--json")[1])["energy_nfe"] == 2
 
 
+def test_sample_with_an_nce_energy(edlm):
+    common = ("sample", DIT, "--num", 2, "--length", 16, "--steps", 4, "--window", 0, 1, "--num-candidates", 4)
+    code, out, err = edlm(*common, "--energy", "runs/nce/model")
+    assert code == 0 and len(out.splitlines()) == 2
+    assert err.startswith("# 4 denoiser calls, 4 energy calls, ESS ") and 1 <= float(err.split("ESS ")[1].split()[0]) <= 4
+
+
 def test_json_has_nulls_and_no_nan(edlm):
     arguments = ("--num", 2, "--length", 12, "--steps", 5, "--energy", AR, "--window", 0.5, 1)
     code, out, _ = edlm("sample", DIT, *arguments, "--json")
@@ -217,6 +228,36 @@ def test_eval_of_the_bundled_test_split(edlm):
     assert code == 0 and out.startswith("4 windows of 128 tokens")
 
 
+def test_eval_of_a_split_of_a_folder(edlm, folder):
+    """A file is read whole; of a folder it is one split, whose text is that file's."""
+    (folder / "splits").mkdir()
+    (folder / "splits" / "train.txt").write_text("not this " * 100)
+    (folder / "splits" / "valid.txt").write_text("nor this " * 100)
+    shutil.copy(folder / "text.txt", folder / "splits" / "test.txt")
+    common = ("--length", 16, "--windows", 10, "--json")
+    whole = edlm("eval", AR, "--text", "text.txt", *common)[1]
+    assert edlm("eval", AR, "--text", "splits", *common)[1] == whole
+    assert edlm("eval", AR, "--text", "splits", "--split", "valid", *common)[1] != whole
+
+
+# --- convert ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [DIT, AR, "runs/nce/model"])
+def test_convert_halves_the_file_and_rounds_the_weights(edlm, folder, model):
+    out = "half_" + model.split("/")[1]
+    code, said, _ = edlm("convert", model, out)
+    assert code == 0 and said.startswith(f"written: {out}, ") and "as bfloat16" in said
+    before, after = (checkpoint.load(folder / path) for path in (model, out))
+    assert (after.kind, after.meta) == (before.kind, before.meta)
+    for name, weight in after.tensors["model"].items():
+        assert weight.dtype == torch.bfloat16 and torch.equal(weight, before.tensors["model"][name].bfloat16())
+    sizes = [(folder / path / "model.safetensors").stat().st_size for path in (model, out)]
+    assert sizes[1] < 0.7 * sizes[0]
+    if model == DIT:
+        assert edlm("sample", out, "--num", 1, "--length", 9, "--steps", 2)[0] == 0
+
+
 def test_eval_of_one_window_has_no_standard_error(edlm):
     code, out, _ = edlm("eval", AR, "--text", "text.txt", "--length", 16, "--windows", 1, "--json")
     assert code == 0 and "NaN" not in out and json.loads(out)["AR NLL (exact)"]["stderr"] is None
@@ -245,11 +286,31 @@ MISTAKES = {
     ),
     "train on a missing text": ((*TRAIN, "--set", "data.text=nowhere.txt"), "nowhere.txt, which does not exist"),
     "train on an empty text": ((*TRAIN, "--set", "data.text=empty.txt"), "empty.txt: expected text, got an empty file"),
-    "train on a short text": ((*TRAIN, "--set", "data.text=short.txt"), "expected at least 32 tokens"),
+    "train on a short text": ((*TRAIN, "--quiet", "--set", "data.text=short.txt"), "short.txt: valid: text: expected at least one token"),
+    "train on an unknown dataset": ((*TRAIN, "--set", "data.text=openwebtxt"), "openwebtext"),
+    "train with a tokenizer that is not there": (
+        (*TRAIN, "--set", "data.tokenizer=gpt9"),
+        "tokenizer: expected 'text8', a tokenizer.json",
+    ),
+    "train on tokens that are not there": (
+        (*TRAIN, "--set", "data.tokens=nowhere"),
+        "expected a token folder, got no such folder",
+    ),
+    "NCE with sizes of its own": ((*TRAIN, "--set", "model.kind=nce_energy"), "dim: expected none with kind 'nce_energy'"),
+    "carry-over with an NCE energy": (
+        (*SAMPLE, "--energy", "runs/nce/model", "--carry-over"),
+        "--carry-over: expected an autoregressive model as the energy, got runs/nce/model of kind 'nce_energy'",
+    ),
+    "convert a run": (("convert", "runs/dit", "runs/new"), "name runs/dit/model"),
+    "convert a trainer's checkpoint": (("convert", CHECKPOINT, "runs/new"), "got a checkpoint of kind 'trainer'"),
+    "convert onto a file": (("convert", DIT, "text.txt"), "text.txt"),
     "missing model": (("sample", "nowhere"), "nowhere: no such checkpoint"),
     "corrupt model": (("sample", "corrupt"), "corrupt checkpoint: model.safetensors: expected"),
     "a causal model as denoiser": (("sample", AR), "expected a checkpoint of kind 'dit', got 'causal_lm'"),
-    "a denoiser as energy": ((*SAMPLE, "--energy", DIT), "expected a checkpoint of kind 'causal_lm', got 'dit'"),
+    "a denoiser as energy": (
+        (*SAMPLE, "--energy", DIT),
+        "--energy: expected a model of kind 'nce_energy' or 'causal_lm', got runs/dit/model of kind 'dit'",
+    ),
     "a trainer's checkpoint as denoiser": (("sample", CHECKPOINT), "expected a checkpoint of kind 'dit', got 'trainer'"),
     "a trainer's checkpoint to evaluate": (
         ("eval", CHECKPOINT),

@@ -96,5 +96,7 @@ def test_fetch(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(room, "public_domain", fake, raising=False)
     monkeypatch.setitem(sys.modules, "edlm.data.public_domain", fake)
     assert run("fetch", "--out", tmp_path / "pd") == 0
-    assert calls == [(tmp_path / "pd", {"cache": None, "progress": True})]
+    assert calls == [(tmp_path / "pd", {"cache": None, "mirrors": {}, "progress": True})]
+    assert run("fetch", "--out", tmp_path / "pd", "--cache", tmp_path / "c", "--mirror", "https://a/", "http://b/") == 0
+    assert calls[1][1] == {"cache": tmp_path / "c", "mirrors": {"https://a/": "http://b/"}, "progress": True}
     assert f"edlm data build {tmp_path / 'pd'}" in capsys.readouterr().out

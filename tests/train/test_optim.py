@@ -146,4 +146,3 @@ def test_the_state_makes_a_round_trip():
         loss_of(second).backward()
         optimizer.step(step)
     assert all(torch.equal(a, b) for a, b in zip(second.parameters(), whole.parameters(), strict=True))
-

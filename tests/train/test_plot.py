@@ -27,9 +27,9 @@ def write_run(folder, lines, config=CONFIG):
     return folder
 
 
-def denoiser(folder, **changes):
+def denoiser(folder, characters=1.0, **changes):
     lines = [{"step": s, "loss": math.log(2) * (2 + 1 / s), "lr": 0.1, "seconds": 36.0 * s} for s in range(1, 41)]
-    lines[19] |= {"valid_loss": 1.4, "valid_bits": 2.0, "valid_bits_stderr": 0.1}
+    lines[19] |= {"valid_loss": characters * 2 * math.log(2), "valid_bits": 2.0, "valid_bits_stderr": 0.1}
     lines.append({"step": 41, "valid_bits": 1.5, "valid_bits_stderr": None, "samples": ["a text"]})
     return write_run(folder, lines, **changes)
 
@@ -58,7 +58,7 @@ def test_reading_takes_folders_and_files_and_counts_what_is_damaged(tmp_path):
     for path in (folder, folder / "metrics.jsonl"):
         run = read_run(path)
         assert [line["step"] for line in run.lines] == [1, 2, 3] and run.damaged == 3 and run.path == folder
-        assert run.keys == ["loss", "valid_bits"] and run.config == {} and run.per == "token"
+        assert run.keys == ["loss", "valid_bits"] and run.config == {} and run.characters_per_token is None
         index, values = run.curve("loss")
         assert index.tolist() == [1, 2] and values.tolist() == [1.0, 2.0]
         assert run.lines[2] == {"step": 3, "loss": 2.0, "valid_bits": 4.0}
@@ -126,13 +126,23 @@ def test_nce_has_its_levels(tmp_path, figures):
 @needs_matplotlib
 def test_chosen_keys_and_tokens_that_are_no_characters(tmp_path, figures):
     bpe = {"batch_size": 4, "data": {"length": 16, "tokenizer": "gpt2"}}
-    runs = [denoiser(tmp_path / "a", config=bpe), nce(tmp_path / "b")]
+    lines = [{"step": s, "loss": 5.0, "lr": 0.1} for s in (1, 2)]
+    runs = [write_run(tmp_path / "a", lines, config=bpe), nce(tmp_path / "b")]
     notes = plot(runs, tmp_path / "a.svg", y=["loss", "lr"], x="tokens", window=1)
     assert notes == ["b: nothing of it is drawn; it has nce_loss, accuracy, energy_gap, valid_accuracy"]
     loss, rate = figures[0].axes
     assert loss.get_ylabel() == "bits per token" and rate.get_ylabel() == "learning rate"
     assert len(loss.lines) == 1, "without smoothing there is no thin line behind"
     assert loss.lines[0].get_xdata()[0] == 64 and "<svg" in (tmp_path / "a.svg").read_text()
+
+
+@needs_matplotlib
+def test_a_validation_says_how_many_characters_a_token_has(tmp_path, figures):
+    plot([denoiser(tmp_path / "a", characters=4.0, config=None)], tmp_path / "a.png")
+    training, validation = figures[0].axes
+    assert training.get_ylabel() == validation.get_ylabel() == "bits per character"
+    assert training.lines[0].get_ydata()[0] == pytest.approx(3.0 / 4)
+    assert validation.containers[0][0].get_ydata()[0] == 2.0
 
 
 @needs_matplotlib

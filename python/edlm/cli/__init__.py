@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 
-COMMANDS = ("demo", "train", "sample", "eval", "data", "plot", "bench", "info")
+COMMANDS = ("demo", "train", "sample", "eval", "data", "plot", "convert", "bench", "info")
 
 
 def build_parser() -> argparse.ArgumentParser:

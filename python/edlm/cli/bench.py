@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import importlib
 
-HELP = "time the ops against eager and compiled torch, and say which of their performance claims are met here"
+HELP = "time the ops, or training steps, against eager and compiled torch, and say which of the performance claims are met here"
 EXAMPLES = """edlm bench ops                        # the headline cases of every family, about a minute
 edlm bench ops --family sampling --full
 edlm bench ops --full --json results.json
 edlm bench ops --markdown results.json  # the tables and the verdict of that file
+edlm bench training --full
 Times are medians of interleaved rounds, beside a read-only pass over the same logits."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("suite", choices=("ops",), help="what to time")
+    parser.add_argument("suite", choices=("ops", "training"), help="what to time")
     # The suite lies beside the rooms: by name, and an editable installation that is older than it lacks it.
     try:
         importlib.import_module("edlm.benchmarks.arguments").add_arguments(parser)

@@ -13,7 +13,7 @@ EXAMPLES = """edlm data build bundled --tokenizer text8 --out data/austen
 edlm data build books/ --tokenizer tokenizer.json --out data/books --workers 8
 edlm data build openwebtext --tokenizer gpt2/ --out data/openwebtext --splits train valid
 edlm data info data/books
-edlm data fetch --out data/public_domain   # 33 MB of English prose, downloaded and verified
+edlm data fetch --out data/public_domain   # 34 MB of English prose, downloaded and verified
 edlm data tokenizer books/ --vocab-size 8192 --out tokenizer.json
 A SOURCE is "bundled", a text file, a folder of text files (train.*, valid.*, test.* are its splits), or a name such as openwebtext."""
 
@@ -44,6 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     fetch = commands.add_parser("fetch", help="download and clean a corpus of public-domain English prose")
     fetch.add_argument("--out", required=True, help="folder of train.txt.xz, valid.txt.xz and test.txt.xz")
+    fetch.add_argument("--cache", help="folder where the downloads are kept, and looked for first")
+    fetch.add_argument(
+        "--mirror", nargs=2, action="append", default=[], metavar=("PREFIX", "REPLACEMENT"), help="fetch PREFIX... from elsewhere"
+    )
 
     tokenizer = commands.add_parser("tokenizer", help="train a byte-level BPE on a text's train split")
     tokenizer.add_argument("source", metavar="SOURCE", help="as for build")
@@ -117,7 +121,8 @@ def _info(options: argparse.Namespace) -> int:
 def _fetch(options: argparse.Namespace) -> int:
     from ..data import public_domain
 
-    out = public_domain.build(Path(options.out), cache=None, progress=True)
+    cache = None if options.cache is None else Path(options.cache)
+    out = public_domain.build(Path(options.out), cache=cache, mirrors=dict(options.mirror), progress=True)
     print(f"fetched: {out}; go on with: edlm data build {out} --tokenizer text8 --out TOKENS")
     return 0
 

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .models import device_named, load_any
 from .printing import number
 
+if TYPE_CHECKING:
+    import numpy as np
+
 HELP = "the likelihood of text under a trained model, in nats, bits per character and perplexity"
 EXAMPLES = """edlm eval runs/denoiser/model           # NELBO: an upper bound of the negative log-likelihood
 edlm eval runs/ar/model                 # exact negative log-likelihood
-edlm eval runs/denoiser/model --text book.txt --json"""
+edlm eval runs/denoiser/model --text book.txt --json
+edlm eval runs/denoiser/model --text data/public_domain --split valid --length 256"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder of a trained model")
-    parser.add_argument("--text", default="bundled", help='a file, or "bundled" (the default: its test split)')
+    parser.add_argument(
+        "--text",
+        default="bundled",
+        help='a file, which is read whole; or, for one split, "bundled" (the default), a folder, a corpus',
+    )
+    parser.add_argument("--split", choices=("valid", "test", "train"), default="test", help="(default: %(default)s)")
     parser.add_argument("--length", type=int, default=128, help="tokens of a window (default: %(default)s)")
     parser.add_argument("--windows", type=int, default=512, help="at most so many, spread over the text (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="T-step NELBO instead of the continuous one (denoisers)")
@@ -26,16 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..data import read_text, split, tokenizer_from, windows
-    from ..data.text import BUNDLED
+    from ..data import tokenizer_from, windows
     from ..eval import ar_nll, nelbo, unigram_entropy
 
     if options.length < 1 or options.windows < 1:
         raise ValueError(f"--length, --windows: expected numbers >= 1, got {options.length}, {options.windows}")
     device = device_named(options.device)
     model = load_any(options.model, device)
-    text = read_text(options.text)
-    tokens = tokenizer_from(model.tokenizer_description).encode(split(text).test if options.text == BUNDLED else text)
+    tokens, characters = _tokens(options.text, options.split, tokenizer_from(model.tokenizer_description))
     x0 = windows(tokens, options.length, options.windows).to(device)
     if model.kind == "dit":
         name = "NELBO (upper bound)" if options.steps is None else f"NELBO of {options.steps} steps (upper bound)"
@@ -44,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--steps: only a denoiser has a T-step bound, got a {model.kind}")
     else:
         name, nats = "AR NLL (exact)", ar_nll(model, x0)
-    estimates = {name: nats, "bits per character": nats.bits_per_character(), "perplexity": nats.perplexity()}
+    estimates = {name: nats, "bits per character": nats.bits_per_character(characters), "perplexity": nats.perplexity()}
     estimates["unigram entropy of the text"] = unigram_entropy(x0)
     if options.json:
         plain = {
@@ -57,3 +66,18 @@ def run(options: argparse.Namespace) -> int:
     for key, estimate in estimates.items():
         print(f"{key:32}{estimate}")
     return 0
+
+
+def _tokens(source: str, split: str, tokenizer: Any) -> tuple[np.ndarray, float]:
+    """The ids of a text, documents separated as in training, and how many characters a token has."""
+    import numpy as np
+
+    from ..data import open_text, read_text
+
+    separator = getattr(tokenizer, "eos_token_id", getattr(tokenizer, "separator_id", None))
+    ids, characters = [], 0
+    for document in [read_text(source)] if Path(source).is_file() else open_text(source).split(split):
+        ids += [np.asarray(tokenizer.encode(document)), np.array([separator])]
+        characters += len(document)
+    tokens = np.concatenate(ids[:-1]) if ids else np.zeros(0, dtype=np.int64)
+    return tokens, characters / max(1, len(tokens)) if hasattr(tokenizer, "eos_token_id") else 1.0

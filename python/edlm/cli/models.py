@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .printing import short
+
 if TYPE_CHECKING:
     import torch
 
-    from ..models import CausalLM, DiT
+    from ..models import ARResidualEnergy, CausalLM, DiT, NCEEnergy
 
 
 def device_named(name: str | None) -> torch.device:
@@ -46,3 +48,24 @@ def load_any(path: str, device: torch.device) -> DiT | CausalLM:
             f"{path}: expected a model ({', '.join(kinds)}), got a checkpoint of kind {kind!r}; name its run's model folder"
         )
     return kinds[kind].from_pretrained(path, device=device)
+
+
+def open_energy(path: str, denoiser: DiT, *, carry_over: bool, device: torch.device) -> ARResidualEnergy | NCEEnergy:
+    """The energy in a folder, which must read the denoiser's ids."""
+    from .. import checkpoint
+    from ..models import ARResidualEnergy, CausalLM, NCEEnergy
+
+    kind = checkpoint.kind_of(model_folder(path))
+    if kind not in ("causal_lm", "nce_energy"):
+        raise ValueError(f"--energy: expected a model of kind 'nce_energy' or 'causal_lm', got {path} of kind {kind!r}")
+    if kind == "nce_energy" and carry_over:
+        raise ValueError(f"--carry-over: expected an autoregressive model as the energy, got {path} of kind 'nce_energy'")
+    network = (CausalLM if kind == "causal_lm" else NCEEnergy).from_pretrained(path, device=device)
+    if network.tokenizer_description != denoiser.tokenizer_description or (
+        network.config.vocab_size != denoiser.vocab_size - (kind == "causal_lm")
+    ):
+        raise ValueError(
+            f"--energy: expected a model with the denoiser's tokenizer {short(denoiser.tokenizer_description)}, got "
+            f"{short(network.tokenizer_description)}; the two must read the same ids"
+        )
+    return ARResidualEnergy(network, carry_over, mask_token_id=denoiser.mask_token_id) if kind == "causal_lm" else network

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .models import device_named, model_folder
+from .models import device_named, model_folder, open_energy
 from .printing import number
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ In a prompt _ is a character to be filled in. Low energy is good; ESS says how m
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder of a trained denoiser")
-    parser.add_argument("--energy", metavar="MODEL", help="folder of a trained autoregressive model: its residual energy is used")
+    parser.add_argument(
+        "--energy", metavar="MODEL", help="folder of an NCE energy, or of an autoregressive model, whose residual is used"
+    )
     parser.add_argument("--carry-over", action="store_true", help="score masked positions alone (EDLM-coAR)")
     parser.add_argument("--prompt", help="text with _ where characters are wanted; otherwise all is generated")
     parser.add_argument("--num", type=int, default=4, help="how many texts (default: %(default)s)")
@@ -49,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from ..data import tokenizer_from
-    from ..models import ARResidualEnergy, CausalLM, DiT
+    from ..models import DiT
     from ..samplers import generate
 
     if options.carry_over and not options.energy:
@@ -61,13 +63,7 @@ def run(options: argparse.Namespace) -> int:
     tokenizer = tokenizer_from(denoiser.tokenizer_description)
     energy = None
     if options.energy:
-        causal = CausalLM.from_pretrained(model_folder(options.energy), device=device)
-        if causal.vocab_size != denoiser.vocab_size - 1 or causal.tokenizer_description != denoiser.tokenizer_description:
-            raise ValueError(
-                f"--energy: expected a model with the denoiser's tokenizer {denoiser.tokenizer_description}, got "
-                f"{causal.tokenizer_description}; the two must read the same ids"
-            )
-        energy = ARResidualEnergy(causal, options.carry_over, mask_token_id=denoiser.mask_token_id)
+        energy = open_energy(options.energy, denoiser, carry_over=options.carry_over, device=device)
     if options.prompt is None:
         shape: dict[str, Any] = {"batch_size": options.num, "length": 128 if options.length is None else options.length}
     else:

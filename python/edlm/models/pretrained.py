@@ -23,13 +23,19 @@ class Pretrained:
     tokenizer_description: dict[str, Any] | None = None
 
     def save_pretrained(
-        self, path: str | Path, *, tokenizer: Mapping[str, Any] | None = None, weights: Mapping[str, torch.Tensor] | None = None
+        self,
+        path: str | Path,
+        *,
+        tokenizer: Mapping[str, Any] | None = None,
+        weights: Mapping[str, torch.Tensor] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Write weights, configuration and the tokenizer's description (plain values) to a folder, atomically.
 
         Args:
             tokenizer: its description; the one that came with the network, ``tokenizer_description``, if left out.
             weights: written instead of the network's own, by the names of ``state_dict``: an EMA, for example.
+            dtype: on the disk: bfloat16 takes half of float32, and is read back into float32 networks. As they are if None.
 
         Raises:
             ValueError: ``weights`` that this network could not read back; else as ``edlm.checkpoint.save``.
@@ -42,6 +48,8 @@ class Pretrained:
             )
         described = self.tokenizer_description if tokenizer is None else dict(tokenizer)
         meta = {"config": to_dict(self.config), "tokenizer": described}
+        if dtype is not None:
+            state = {name: weight.to(dtype) for name, weight in state.items()}
         checkpoint.save(path, kind=self.kind, meta=meta, tensors={"model": state})
 
     @classmethod

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 AXES = {"step": "training steps", "tokens": "tokens trained on", "seconds": "hours of training"}
 FORMATS = ("png", "svg", "pdf")
+_TRAINING = "Training loss"
 _UNITS = {
     "lr": "learning rate",
     "grad_norm": "norm of the gradient",
@@ -52,9 +53,13 @@ class Run:
         return [k for k in dict.fromkeys(k for line in self.lines for k in line) if k != "step" and len(self.curve(k)[0])]
 
     @property
-    def per(self) -> str:
-        """What a token is: "character", or "token" where it is not one or nobody says."""
-        return "character" if self.config.get("data", {}).get("tokenizer") == "text8" else "token"
+    def characters_per_token(self) -> float | None:
+        """As the validations counted them: valid_bits are a character's, valid_loss is a token's. None where nobody says."""
+        for line in self.lines:
+            nats, bits = line.get("valid_loss"), line.get("valid_bits")
+            if _is_number(nats) and _is_number(bits) and nats > 0 and bits > 0:
+                return nats / math.log(2) / bits
+        return 1.0 if self.config.get("data", {}).get("tokenizer") == "text8" else None
 
     def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """(indices of lines, values) where ``key`` is a finite number."""
@@ -149,8 +154,9 @@ def plot(
 ) -> list[str]:
     """Draw the curves of runs into the picture ``out``.
 
-    Without ``y``: a panel of training loss and one of validation, in bits per character (per token where a token is more), with the
-    validation's standard error; for runs of NCE one of their loss, beside 2 ln 2, and one of their accuracy, beside 1/2.
+    Without ``y``: a panel of training loss and one of validation with its standard error, in bits per character (per token where
+    neither a validation nor the tokenizer says how many characters a token has); for runs of NCE one of their loss, beside 2 ln 2, and
+    one of their accuracy, beside 1/2.
 
     Args:
         runs: folders with metrics.jsonl, or such files. out: .png, .svg or .pdf.
@@ -215,9 +221,13 @@ class _Series:
         index, values = self.run.curve(key)
         return self.run.x(self.axis)[index], scale * values
 
-    def training(self, axes: Axes, key: str, scale: float = 1.0) -> None:
+    def bits(self) -> tuple[np.ndarray, np.ndarray]:
+        """The training loss, per character where it is known what that is."""
+        return self.trace("loss", 1 / math.log(2) / (self.run.characters_per_token or 1.0))
+
+    def training(self, axes: Axes, key: str) -> None:
         """Every value thin, their centred means thick."""
-        x, values = self.trace(key, scale)
+        x, values = self.bits() if key == "loss" else self.trace(key)
         if not len(x):
             return
         window = _window(len(values), self.window)
@@ -228,12 +238,12 @@ class _Series:
         # One value is no line.
         axes.plot(x, means, linewidth=1.8, marker="o" if len(values) < 3 else None, markersize=4, **style)
 
-    def validation(self, axes: Axes, key: str, scale: float = 1.0, stderr: str | None = None) -> None:
+    def validation(self, axes: Axes, key: str) -> None:
         """Marks with one standard error, where it is known."""
-        x, values = self.trace(key, scale)
+        x, values = self.trace(key)
         if not len(x):
             return
-        at, errors = self.trace(stderr or f"{key}_stderr", scale)
+        at, errors = self.trace(f"{key}_stderr")
         known = dict(zip(at.tolist(), errors.tolist(), strict=True))
         bars = [known.get(position, 0.0) for position in x.tolist()]
         axes.errorbar(
@@ -260,11 +270,6 @@ class _Panel:
     keys: tuple[str, ...]
     draw: Callable[[Axes, _Series], None]
     level: tuple[float, str] | None = None  # a line to compare with, and what it is
-
-
-def _bits(series: Sequence[_Series], key: str) -> str:
-    kinds = sorted({s.run.per for s in series if s.run.curve(key)[0].size})
-    return f"bits per {' or '.join(kinds)}"
 
 
 def _usual_panels(series: Sequence[_Series]) -> list[_Panel]:
@@ -294,16 +299,12 @@ def _usual_panels(series: Sequence[_Series]) -> list[_Panel]:
 
 
 def _panel_of(key: str, series: Sequence[_Series]) -> _Panel:
-    if key == "loss":
-        return _Panel("Training loss", _bits(series, key), (key,), lambda a, s: s.training(a, key, 1 / math.log(2)))
-    if key == "valid_bits":
-        return _Panel(
-            "Validation, ± one standard error",
-            _bits(series, key),
-            (key,),
-            lambda a, s: s.validation(a, key, stderr=f"{key}_stderr"),
-        )
     draw = (lambda a, s: s.validation(a, key)) if key.startswith("valid_") else (lambda a, s: s.training(a, key))
+    if key == "loss":
+        kinds = {"character" if s.run.characters_per_token else "token" for s in series if s.run.curve(key)[0].size}
+        return _Panel(_TRAINING, f"bits per {' or '.join(sorted(kinds))}", (key,), draw)
+    if key == "valid_bits":
+        return _Panel("Validation, ± one standard error", "bits per character", (key,), draw)
     return _Panel(key, _UNITS.get(key, key), (key,), draw)
 
 
@@ -355,11 +356,11 @@ def _draw(panels: Sequence[_Panel], series: Sequence[_Series], x_label: str, tit
 
 def _limit(axes: Axes, panel: _Panel, drawn: Sequence[_Series]) -> None:
     """A few wild batches do not press everything else against the floor: the thin lines may leave the panel, the rest may not."""
-    if panel.title != "Training loss":
+    if panel.title != _TRAINING:
         return
     low, high = [], []
     for s in drawn:
-        _, values = s.trace("loss", 1 / math.log(2))
+        _, values = s.bits()
         means = smooth(values, _window(len(values), s.window))
         low.append(min(float(np.quantile(values, 0.005)), float(means.min())))
         high.append(max(float(np.quantile(values, 0.99)), float(means.max())))

@@ -1,0 +1,120 @@
+"""What a run reads: its tokens, their damage, and the tokenizer that they belong to."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from edlm.data import CharTokenizer, open_text, open_tokens, pack
+from edlm.train import train
+from edlm.train.distributed import World
+from edlm.train.text import TrainingText
+from tiny_run import assert_same_weights, tiny_config, write_text
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def text(tmp_path):
+    return write_text(tmp_path)
+
+
+@pytest.fixture
+def tokens(tmp_path, text):
+    """As ``edlm data build`` leaves them."""
+    corpus = open_text(str(text))
+    for name in ("train", "valid", "test"):
+        pack(
+            corpus.split(name), CharTokenizer(), tmp_path / "tokens" / name, source=f"{corpus.identity}/{name}", shard_tokens=4000
+        )
+    return tmp_path / "tokens"
+
+
+def test_text_and_tokens_are_the_same_run(tmp_path, text, tokens):
+    from_text = train(tiny_config("dit", text), tmp_path / "a", progress=False)
+    from_tokens = train(tiny_config("dit", text, data={"tokens": str(tokens)}), tmp_path / "b", progress=False)
+    assert_same_weights(from_text, from_tokens)
+    assert not (tmp_path / "b" / "tokens").exists()
+
+
+def missing(folder):
+    (folder / "00001.bin").unlink()
+
+
+def truncated(folder):
+    file = folder / "00001.bin"
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def flipped(folder):
+    file = folder / "00000.bin"
+    raw = bytearray(file.read_bytes())
+    raw[100] ^= 1
+    file.write_bytes(bytes(raw))
+
+
+def another_manifest(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][0]["count"] -= 1
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (missing, r"00001\.bin: expected a shard of .* tokens, got no such file"),
+        (truncated, r"00001\.bin: corrupt shard: expected .* bytes"),
+        (flipped, r"00000\.bin: corrupt shard: it does not match its checksum"),
+        (another_manifest, r"manifest\.json: corrupt manifest"),
+    ],
+)
+def test_damaged_tokens_are_refused_and_those_of_a_text_made_anew(tmp_path, text, tokens, damage, message):
+    damage(tokens / "train")
+    config = tiny_config("dit", text, data={"tokens": str(tokens)}, steps=2)
+    with pytest.raises(ValueError, match=message):
+        train(config, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "config.json").exists()
+    # The run's own are its to make.
+    first = TrainingText.open(tiny_config("dit", text), tmp_path / "own", ALONE)
+    if damage is not missing and damage is not truncated:  # they are one shard here
+        damage(tmp_path / "own" / "train")
+        again = TrainingText.open(tiny_config("dit", text), tmp_path / "own", ALONE)
+        assert again.fingerprint == first.fingerprint
+        open_tokens(tmp_path / "own" / "train")
+
+
+def test_tokens_of_another_tokenizer(tmp_path, text, tokens):
+    pytest.importorskip("tokenizers", reason="a BPE needs the package tokenizers")
+    from edlm.data import BPETokenizer
+
+    BPETokenizer.train(open_text(str(text)).split("train"), 300).save(tmp_path / "bpe.json")
+    config = tiny_config("dit", text, data={"tokens": str(tokens), "tokenizer": str(tmp_path / "bpe.json")})
+    with pytest.raises(
+        ValueError, match=r"data\.tokenizer: expected the one that made .*train \(fingerprint [0-9a-f]{16}\), got"
+    ):
+        train(config, tmp_path / "run", progress=False)
+
+
+def test_a_bpe_is_trained_on_with_framed_blocks(tmp_path, text):
+    """Rows begin with BOS and end with EOS, and bits are of characters."""
+    pytest.importorskip("tokenizers", reason="a BPE needs the package tokenizers")
+    from edlm.data import BPETokenizer
+    from edlm.models import CausalLM
+
+    BPETokenizer.train(open_text(str(text)).split("train"), 300).save(tmp_path / "bpe.json")
+    data = {"tokenizer": str(tmp_path / "bpe.json"), "blocks": "bos_eos", "length": 12}
+    config = tiny_config("causal_lm", text, data=data, steps=4, valid_every=4)
+    opened = TrainingText.open(config, tmp_path / "tokens", ALONE)
+    batch, tokenizer = opened.dataset.batch(0), opened.tokenizer
+    assert (batch[:, 0] == tokenizer.bos_token_id).all() and (batch[:, -1] == tokenizer.eos_token_id).all()
+    assert 1.5 < opened.characters_per_token < 12
+    model = CausalLM.from_pretrained(train(config, tmp_path / "run", progress=False))
+    assert model.tokenizer_description == tokenizer.description()
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["valid_bits"] == pytest.approx(last["valid_loss"] / 0.693147 / opened.characters_per_token, rel=1e-4)
+
+
+def test_text8_has_no_end_of_text(tmp_path, text):
+    with pytest.raises(ValueError, match=r"data\.blocks: expected a tokenizer with an end of text for 'bos_eos', got 'text8'"):
+        train(tiny_config("dit", text, data={"blocks": "bos_eos"}), tmp_path / "run", progress=False)
