@@ -117,7 +117,8 @@ class EmulatedOps:
             more=(*target, f"-isystem{root / 'include'}"),
             libraries=(f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu"),
         )
-        self.names = [name for name in edlm.ops.backends() if name not in ("linear_log_probs", "linear_log_probs_backward")]
+        made_of_others = ("linear_log_probs", "linear_cross_entropy")
+        self.names = [name for name in edlm.ops.backends() if not name.startswith(made_of_others)]
         self.schemas = torch.library.Library("edlm_emulated", "DEF")
         for name in self.names:
             self.schemas.define(str(getattr(torch.ops.edlm, name).default._schema).removeprefix("edlm::"))

@@ -286,7 +286,10 @@ MISTAKES = {
     ),
     "train on a missing text": ((*TRAIN, "--set", "data.text=nowhere.txt"), "nowhere.txt, which does not exist"),
     "train on an empty text": ((*TRAIN, "--set", "data.text=empty.txt"), "empty.txt: expected text, got an empty file"),
-    "train on a short text": ((*TRAIN, "--quiet", "--set", "data.text=short.txt"), "short.txt: valid: text: expected at least one token"),
+    "train on a short text": (
+        (*TRAIN, "--quiet", "--set", "data.text=short.txt"),
+        "short.txt: valid: text: expected at least one",
+    ),
     "train on an unknown dataset": ((*TRAIN, "--set", "data.text=openwebtxt"), "openwebtext"),
     "train with a tokenizer that is not there": (
         (*TRAIN, "--set", "data.tokenizer=gpt9"),

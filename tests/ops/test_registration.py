@@ -44,6 +44,13 @@ def samples():
             (torch.randn(6), hidden.detach(), weight.detach(), tokens, stats, None, N0, [True, False, False]),
             (torch.randn(6), hidden.detach(), weight.detach(), tokens, stats, bias.detach(), ZERO, [True, True, True]),
         ],
+        "linear_cross_entropy": [
+            (hidden, weight, tokens, torch.rand(6), bias, N0, [True, True, True]),
+            (hidden.detach(), weight, tokens, torch.rand(6), None, ZERO, [False, True, False]),
+        ],
+        "linear_cross_entropy_backward": [
+            (torch.tensor(2.0), torch.randn(6, 4), torch.randn(9, 4), torch.empty(0), hidden.detach(), weight.detach(), None)
+        ],
         "linear_fold": [(torch.rand(6, 3, dtype=torch.float64), torch.randn(6, 4), tokens - 3, N0)],
         "linear_grad": [(torch.randn(6, 4), torch.randn(6), tokens - 3, stats, torch.tensor([2]))],
         "select_candidate": [
@@ -115,7 +122,7 @@ def test_inference_mode():
 @pytest.mark.parametrize("name", sorted(samples()))
 def test_nothing_is_allocated_but_outputs(name):
     """Where a kernel is compiled: what torch hands out during a call is what the call returns, to the byte."""
-    if ops.backends()[name]["cpu"] != "compiled" or name.startswith("linear_log_probs"):
+    if ops.backends()[name]["cpu"] != "compiled" or name.startswith(("linear_log_probs", "linear_cross_entropy")):
         pytest.skip("a reference, or an op made of others: it has buffers")
     op = getattr(torch.ops.edlm, name).default
     for arguments in samples()[name]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..ops import linear_log_probs
+from ..ops import linear_cross_entropy, linear_log_probs
 from .layers import LayerNorm
 from .pretrained import Pretrained
 from .transformer import Transformer, check_ids
@@ -66,3 +66,8 @@ class CausalLM(Pretrained, nn.Module):
         """log p(x_i | x_<i), natural log: int64 [N, L] -> float32 [N, L], differentiable. N x L x V logits are never stored."""
         hidden = self.hidden(x0)
         return linear_log_probs(hidden.flatten(0, 1), self.linear.weight, x0.flatten()).view(x0.shape)
+
+    def nll(self, x0: torch.Tensor) -> torch.Tensor:
+        """-log p of all tokens, summed: int64 [N, L] -> float32 scalar in nats, for training: its gradients cost least."""
+        hidden = self.hidden(x0)
+        return linear_cross_entropy(hidden.flatten(0, 1), self.linear.weight, x0.flatten())

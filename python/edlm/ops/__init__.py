@@ -2,6 +2,7 @@
 
 from ._library import Reports, backends, deferred_checks
 from ._philox import Purpose, philox_uniform
+from .cross_entropy import linear_cross_entropy
 from .importance import Selection, resample, reverse_step, select_candidate
 from .linear import linear_log_probs
 from .log_probs import gather_log_probs
@@ -15,6 +16,7 @@ __all__ = [
     "backends",
     "deferred_checks",
     "gather_log_probs",
+    "linear_cross_entropy",
     "linear_log_probs",
     "philox_uniform",
     "resample",

@@ -108,7 +108,7 @@ class CausalObjective(Objective):
     model: CausalLM
 
     def terms(self, rows: Rows, step: int) -> torch.Tensor:
-        return torch.stack([-self.model.log_probs(rows.x0).sum()])
+        return torch.stack([self.model.nll(rows.x0)])
 
     def validate(self, x0: torch.Tensor, seeds: torch.Tensor) -> dict[str, Estimate]:
         return {"loss": ar_nll(self.model, x0)}
