@@ -229,7 +229,7 @@ def test_published_runs_share_their_batches_among_processes(name):
 def test_checkpoints_are_validated(path):
     """The best one is found by the validation of its own step."""
     config = load(path, TrainConfig)
-    assert config.checkpoint_every % config.valid_every == 0 and config.steps % config.checkpoint_every == 0
+    assert config.checkpoint_every % config.valid_every == 0
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
@@ -316,8 +316,9 @@ def test_commands_of_the_guide_parse():
 
 def test_the_guide_names_files_that_are_there():
     text = GUIDE.read_text()
-    for name in {n for triple in TRIPLES.values() for n in triple}:
-        assert f"`{name}`" in text, name
+    table = text.partition("| files in `examples/configs` |")[2].partition("\n\n")[0]
+    named = [name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(named) == [path.stem for path in CONFIGS]
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert (GUIDE.parent / target).exists(), target
 

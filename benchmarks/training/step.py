@@ -1,6 +1,6 @@
 """One training step, forward and backward: edlm's losses against plain PyTorch, of the same network with the same weights.
 
-edlm: ``diffusion.nelbo_loss`` (the head and the softmax on masked rows alone) and ``CausalLM.log_probs`` (no logits are stored). Plain:
+edlm: ``diffusion.nelbo_loss`` (the head and the softmax on masked rows alone) and ``CausalLM.nll`` (no logits are stored). Plain:
 all logits [B, L, V] and F.cross_entropy, weighted by the mask. Both compute the same number from the same noise, and that is checked
 before anything is timed. The optimizer's step is not part of it: it is the same for both. --memory measures the peak beyond what the
 process held before (the weights), in fresh processes: see benchmarks/memory.py for how. python benchmarks/training/step.py --help
@@ -30,7 +30,7 @@ from .. import memory
 from ..harness import Variant
 from ..session import Session
 
-OPS = ("gather_log_probs", "gather_log_probs_backward", "linear_log_probs", "linear_log_probs_backward")
+OPS = ("linear_log_probs", "linear_log_probs_backward", "linear_cross_entropy", "linear_cross_entropy_backward")
 LARGEST = LARGEST_CUDA = 1 << 16  # of the session's pool of logits, which is not used here
 T_MIN = 1e-3
 KINDS = ("DiT", "CausalLM")
@@ -83,7 +83,7 @@ def losses(kind: str, model: nn.Module, sizes: Sizes) -> dict[str, Loss]:
     rows = [torch.randint(sizes.vocab - 1, (sizes.batch, sizes.length), device=device) for _ in range(8)]
     if kind == "CausalLM":
         return {
-            EDLM: lambda i: -model.log_probs(rows[i % 8]).mean(),
+            EDLM: lambda i: model.nll(rows[i % 8]) / rows[i % 8].numel(),
             PLAIN: lambda i: cross_entropy(model(rows[i % 8]).flatten(0, 1), rows[i % 8].flatten()),
         }
     mask = sizes.vocab - 1

@@ -164,7 +164,7 @@ def test_a_sharded_checkpoint_has_every_process_s_part(runs):
 
 
 def torchrun(config, out, *options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", *options]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*command, "-m", "edlm", "train", str(config), "--out", str(out), "--device", "cpu", "--quiet"],

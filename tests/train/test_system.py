@@ -117,3 +117,12 @@ def test_a_rate_that_drives_the_loss_out_of_range_stops_the_run(tmp_path, text):
     ):
         train(config, tmp_path / "run", progress=False)
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_subnormals_are_0_while_a_run_trains_and_what_they_were_afterwards(tmp_path, text, monkeypatch):
+    seen = []
+    real = trainer._means
+    monkeypatch.setattr(trainer, "_means", lambda *a: seen.append(float(torch.tensor(1e-40) * 1)) or real(*a))
+    run(tmp_path / "run", text)
+    assert set(seen) == {0.0}
+    assert float(torch.tensor(1e-40) * 1) > 0
