@@ -1,4 +1,4 @@
-"""The trained models that come with the sources are what docs/trained_models.md says: read, scored and used, on text that none has seen."""
+"""The trained models that come with the sources: read, scored and used, on text that none has seen (docs/trained_models.md)."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from edlm.data import CharTokenizer, open_text, open_tokens, pack
 from edlm.train import train
 from edlm.train.distributed import World
 from edlm.train.text import TrainingText
-from tiny_run import assert_same_weights, tiny_config, write_text
+from tiny_run import WORDS, assert_same_weights, tiny_config, write_text
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -96,23 +97,50 @@ def test_tokens_of_another_tokenizer(tmp_path, text, tokens):
         train(config, tmp_path / "run", progress=False)
 
 
-def test_a_bpe_is_trained_on_with_framed_blocks(tmp_path, text):
-    """Rows begin with BOS and end with EOS, and bits are of characters."""
+@pytest.mark.parametrize("blocks", ["plain", "bos_eos"])
+def test_bits_of_a_bpe_are_of_characters(tmp_path, blocks, capsys):
+    """Many short documents, whose ends are tokens and no characters; `edlm eval` of the same windows says the same."""
     pytest.importorskip("tokenizers", reason="a BPE needs the package tokenizers")
+    from edlm.cli import main
     from edlm.data import BPETokenizer
     from edlm.models import CausalLM
 
-    BPETokenizer.train(open_text(str(text)).split("train"), 300).save(tmp_path / "bpe.json")
-    data = {"tokenizer": str(tmp_path / "bpe.json"), "blocks": "bos_eos", "length": 12}
-    config = tiny_config("causal_lm", text, data=data, steps=4, valid_every=4)
+    luck, folder = random.Random(0), tmp_path / "texts"
+    for name in ("train", "valid", "test"):
+        folder.mkdir(exist_ok=True)
+        words = [" ".join(luck.choices(WORDS, k=6)) for _ in range(200 if name == "train" else 60)]
+        (folder / f"{name}.txt").write_text("\n".join(words))
+    BPETokenizer.train(open_text(str(folder)).split("train"), 300).save(tmp_path / "bpe.json")
+    data = {"tokenizer": str(tmp_path / "bpe.json"), "blocks": blocks, "length": 12}
+    config = tiny_config("causal_lm", folder, data=data, steps=4, valid_every=4, valid_windows=6)
     opened = TrainingText.open(config, tmp_path / "tokens", ALONE)
     batch, tokenizer = opened.dataset.batch(0), opened.tokenizer
-    assert (batch[:, 0] == tokenizer.bos_token_id).all() and (batch[:, -1] == tokenizer.eos_token_id).all()
-    assert 1.5 < opened.characters_per_token < 12
-    model = CausalLM.from_pretrained(train(config, tmp_path / "run", progress=False))
-    assert model.tokenizer_description == tokenizer.description()
+    framed = (batch[:, 0] == tokenizer.bos_token_id).all() and (batch[:, -1] == tokenizer.eos_token_id).all()
+    assert bool(framed) == (blocks == "bos_eos")
+    text = (folder / "valid.txt").read_text()
+    share = 10 / 12 if blocks == "bos_eos" else 1.0
+    assert opened.characters_per_token == pytest.approx(share * len(text) / (len(tokenizer.encode(text)) + 1))
+    model = train(config, tmp_path / "run", progress=False)
+    assert CausalLM.from_pretrained(model).tokenizer_description == tokenizer.description()
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["valid_bits"] == pytest.approx(last["valid_loss"] / 0.693147 / opened.characters_per_token, rel=1e-4)
+    arguments = [
+        "eval",
+        str(model),
+        "--text",
+        str(folder),
+        "--split",
+        "valid",
+        "--length",
+        "12",
+        "--windows",
+        "6",
+        "--blocks",
+        blocks,
+    ]
+    assert main([*arguments, "--json", "--device", "cpu"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["AR NLL (exact)"]["mean"] == pytest.approx(last["valid_loss"], rel=1e-6)
+    assert said["bits per character"]["mean"] == pytest.approx(last["valid_bits"], rel=1e-6)
 
 
 def test_text8_has_no_end_of_text(tmp_path, text):

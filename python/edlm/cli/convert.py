@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from .models import model_folder
 
@@ -22,6 +23,10 @@ def run(options: argparse.Namespace) -> int:
 
     from .. import checkpoint, models
 
+    if Path(options.out).exists():
+        raise ValueError(
+            f"out: expected the name of a new folder, got {options.out}, which is there; remove it or choose another"
+        )
     kinds = {kind.kind: kind for kind in (models.DiT, models.CausalLM, models.NCEEnergy)}
     kind = checkpoint.kind_of(model_folder(options.model))
     if kind not in kinds:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from .models import device_named, load_any
 from .printing import number
 
 if TYPE_CHECKING:
-    import numpy as np
+    from ..data import Tokens
 
 HELP = "the likelihood of text under a trained model, in nats, bits per character and perplexity"
 EXAMPLES = """edlm eval runs/denoiser/model           # NELBO: an upper bound of the negative log-likelihood
@@ -28,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='a file, which is read whole; or, for one split, "bundled" (the default), a folder, a corpus',
     )
     parser.add_argument("--split", choices=("valid", "test", "train"), default="test", help="(default: %(default)s)")
+    parser.add_argument(
+        "--blocks",
+        choices=("plain", "bos_eos"),
+        default="plain",
+        help="as the model was trained, data.blocks (default: %(default)s)",
+    )
     parser.add_argument("--length", type=int, default=128, help="tokens of a window (default: %(default)s)")
     parser.add_argument("--windows", type=int, default=512, help="at most so many, spread over the text (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="T-step NELBO instead of the continuous one (denoisers)")
@@ -44,8 +51,17 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--length, --windows: expected numbers >= 1, got {options.length}, {options.windows}")
     device = device_named(options.device)
     model = load_any(options.model, device)
-    tokens, characters = _tokens(options.text, options.split, tokenizer_from(model.tokenizer_description))
-    x0 = windows(tokens, options.length, options.windows).to(device)
+    tokenizer = tokenizer_from(model.tokenizer_description)
+    frame, ends = None, hasattr(tokenizer, "eos_token_id")
+    if options.blocks == "bos_eos":
+        if not ends:
+            raise ValueError("--blocks: expected a model whose tokenizer has an end of text for bos_eos, got text8")
+        frame = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = _tokens(options.text, options.split, tokenizer, folder)
+        x0 = windows(tokens, options.length, options.windows, frame=frame).to(device)
+    characters = tokens.characters_per_token if ends else 1.0
+    characters *= 1.0 if frame is None else (options.length - 2) / options.length
     if model.kind == "dit":
         name = "NELBO (upper bound)" if options.steps is None else f"NELBO of {options.steps} steps (upper bound)"
         nats = nelbo(model, x0, steps=options.steps, seed=options.seed)
@@ -68,16 +84,12 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _tokens(source: str, split: str, tokenizer: Any) -> tuple[np.ndarray, float]:
-    """The ids of a text, documents separated as in training, and how many characters a token has."""
-    import numpy as np
+def _tokens(source: str, split: str, tokenizer: Any, folder: str) -> Tokens:
+    """The tokens of a text as training would make them, in ``folder``. A file is one document, whatever the split."""
+    from ..data import open_text, pack, read_text
+    from ..data.corpora import CORPORA
+    from ..data.text import BUNDLED
 
-    from ..data import open_text, read_text
-
-    separator = getattr(tokenizer, "eos_token_id", getattr(tokenizer, "separator_id", None))
-    ids, characters = [], 0
-    for document in [read_text(source)] if Path(source).is_file() else open_text(source).split(split):
-        ids += [np.asarray(tokenizer.encode(document)), np.array([separator])]
-        characters += len(document)
-    tokens = np.concatenate(ids[:-1]) if ids else np.zeros(0, dtype=np.int64)
-    return tokens, characters / max(1, len(tokens)) if hasattr(tokenizer, "eos_token_id") else 1.0
+    named = source == BUNDLED or source in CORPORA
+    documents = [read_text(source)] if not named and Path(source).is_file() else open_text(source).split(split)
+    return pack(documents, tokenizer, Path(folder) / "tokens", source=source)

@@ -19,7 +19,7 @@ HELP = "decode text from a trained denoiser, with or without an energy"
 EXAMPLES = """edlm sample runs/denoiser/model --num 2 --length 128 --steps 32
 edlm sample runs/denoiser/model --energy runs/ar/model --window 0 1 --num-candidates 16
 edlm sample runs/denoiser/model --prompt "it is a truth ____________ acknowledged"
-In a prompt _ is a character to be filled in. Low energy is good; ESS says how many of the K candidates count."""
+In a prompt _ is a character to be filled in; where the model reads a BPE, [MASK] is a token. Low energy is good; ESS says how many of the K candidates count."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--energy", metavar="MODEL", help="folder of an NCE energy, or of an autoregressive model, whose residual is used"
     )
     parser.add_argument("--carry-over", action="store_true", help="score masked positions alone (EDLM-coAR)")
-    parser.add_argument("--prompt", help="text with _ where characters are wanted; otherwise all is generated")
+    parser.add_argument("--prompt", help="text with _ (of a BPE: [MASK]) where text is wanted; otherwise all is generated")
     parser.add_argument("--num", type=int, default=4, help="how many texts (default: %(default)s)")
     parser.add_argument("--length", type=int, help="tokens of each, without a prompt (default: 128)")
     parser.add_argument("--sampler", choices=("ancestral", "first_hitting"), default="ancestral", help="(default: %(default)s)")

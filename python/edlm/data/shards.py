@@ -45,6 +45,11 @@ class Tokens:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    @property
+    def characters_per_token(self) -> float:
+        """Characters of the text that was read, for each id; separators and ends of text are ids and no characters."""
+        return self.manifest["characters"] / max(1, len(self))
+
     def __getitem__(self, where: slice) -> np.ndarray:
         """Ids a .. b - 1, read-only where they lie in one shard (no copy). It costs O(b - a), and the search for a shard."""
         if not isinstance(where, slice) or where.step not in (None, 1):

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 
 from ..data import Tokens, WindowDataset, fingerprint, open_text, open_tokenizer, open_tokens, pack, windows
+from ..data.shards import read_manifest
 from .configuration import DataSpec, TrainConfig
 from .distributed import World
 
 
 @dataclass(frozen=True)
 class TrainingText:
-    """``fingerprint`` stands for the tokens of both splits and the tokenizer; ``characters_per_token`` is measured on ``held_out``."""
+    """``fingerprint`` stands for the tokens of both splits and the tokenizer; ``characters_per_token`` is that of
+    the valid split, ends of text counting as tokens and as no characters."""
 
     tokenizer: Any
     dataset: WindowDataset
@@ -52,10 +54,8 @@ class TrainingText:
                 f"{20 * spec.length} characters for data.length = {spec.length})"
             ) from None
         both = "".join(t.fingerprint for t in tokens.values()) + fingerprint(tokenizer)
-        inside = held_out if frame is None else held_out[:, 1:-1]
-        characters = 1.0
-        if hasattr(tokenizer, "eos_token_id"):
-            characters = sum(len(tokenizer.decode(row)) for row in inside.tolist()) / held_out.numel()
+        characters = tokens["valid"].characters_per_token if hasattr(tokenizer, "eos_token_id") else 1.0
+        characters *= 1.0 if frame is None else (spec.length - 2) / spec.length
         return cls(tokenizer, dataset, held_out, hashlib.sha256(both.encode()).hexdigest(), characters)
 
 
@@ -66,8 +66,15 @@ def _made(spec: DataSpec, tokenizer: Any, place: Path, *, progress: bool) -> Non
             _check_tokenizer(open_tokens(place / name), tokenizer, spec)
         return
     corpus = open_text(spec.text)
+    # Tokens that a run has begun with are all that is left of a text that has changed: they are not replaced.
+    begun = any((place.parent / "checkpoints").glob("step_*"))
     cut = 1 << 28 if hasattr(tokenizer, "separator_id") else None  # where it makes no difference, large files go in parts
     for name in ("train", "valid"):
+        if begun and _source(place / name) not in (None, f"{corpus.identity}/{name}"):
+            raise ValueError(
+                f"data.text: expected the text that {place.parent} was trained on so far, got another under the same name; bring it back, "
+                "or choose another folder"
+            )
         try:
             pack(
                 corpus.split(name, part=cut),
@@ -79,6 +86,14 @@ def _made(spec: DataSpec, tokenizer: Any, place: Path, *, progress: bool) -> Non
             )
         except ValueError as error:
             raise ValueError(f"data.text: {spec.text}: {name}: {error}") from None
+
+
+def _source(folder: Path) -> str | None:
+    """What a token folder says that it was made from; None where it says nothing."""
+    try:
+        return read_manifest(folder)["made_from"]["source"]
+    except (OSError, ValueError):
+        return None
 
 
 def _check_tokenizer(tokens: Tokens, tokenizer: Any, spec: DataSpec) -> None:

@@ -224,8 +224,8 @@ def _dropout_seed(seed: int, step: int, row: int) -> int:
 def _no_subnormals() -> Iterator[None]:
     """While a run trains, numbers below 1e-38 become 0 on the CPU.
 
-    NOTE: an energy that has learnt gives most pairs a gradient of next to nothing, and a CPU computes subnormal numbers in microcode: the
-    backward pass of such an energy was seen to take six times as long.
+    NOTE: an energy that has learnt gives most pairs a gradient of next to nothing, and CPUs are slow at subnormal numbers: the backward
+    pass of such an energy was seen to take six times as long.
     """
     before = bool(torch.tensor(1e-40) * 1 == 0)
     torch.set_flush_denormal(True)
