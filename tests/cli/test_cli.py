@@ -299,7 +299,10 @@ MISTAKES = {
         (*TRAIN, "--set", "data.tokens=nowhere"),
         "expected a token folder, got no such folder",
     ),
-    "NCE with sizes of its own": ((*TRAIN, "--set", "model.kind=nce_energy"), "dim: expected none with kind 'nce_energy'"),
+    "NCE without a proposal": (
+        (*TRAIN, "--set", "model.kind=nce_energy"),
+        "nce: expected a table [nce] with the proposal's folder",
+    ),
     "carry-over with an NCE energy": (
         (*SAMPLE, "--energy", "runs/nce/model", "--carry-over"),
         "--carry-over: expected an autoregressive model as the energy, got runs/nce/model of kind 'nce_energy'",

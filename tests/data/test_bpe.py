@@ -7,6 +7,7 @@ import json
 import pickle
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -162,8 +163,46 @@ def test_files_that_are_no_bpe(tokenizer, tmp_path):
         with pytest.raises(ValueError, match=rf"t\.json: tokenizer: .*{message}"):
             open_tokenizer(tmp_path / "t.json")
     (tmp_path / "t.json").write_text(json.dumps(plain))
-    with pytest.raises(ValueError, match=r"got '</s>'; its added tokens are \['<\|endoftext\|>'\]: pass one as end_of_text="):
+    with pytest.raises(ValueError, match=r"got '</s>'; its special tokens are \['<\|endoftext\|>'\]"):
         BPETokenizer.from_file(tmp_path / "t.json", end_of_text="</s>")
+
+
+def test_an_end_of_text_of_another_name(tokenizer, tmp_path):
+    """The only special token is it; of several none is guessed, nor is it that which unknown text becomes."""
+
+    def write(*contents, **model):
+        plain = json.loads(tokenizer.description()["tokenizer"])
+        (token,) = plain["added_tokens"]
+        vocab = {contents[0] if entry == "<|endoftext|>" else entry: i for entry, i in plain["model"]["vocab"].items()}
+        vocab |= {content: len(vocab) + i for i, content in enumerate(contents[1:])}
+        plain["added_tokens"] = [token | {"id": vocab[content], "content": content} for content in contents]
+        plain["model"] |= {"vocab": vocab} | model
+        (tmp_path / "t.json").write_text(json.dumps(plain))
+        return tmp_path / "t.json"
+
+    opened = open_tokenizer(write("</s>"))
+    assert opened.end_of_text == "</s>" and opened.eos_token_id == 0
+    assert tokenizer_from(opened.description()).end_of_text == pickle.loads(pickle.dumps(opened)).end_of_text == "</s>"
+    assert open_tokenizer(write("[PAD]", "<|endoftext|>")).end_of_text == "<|endoftext|>"
+    for contents, model in ((["[PAD]", "</s>"], {}), (["[UNK]"], {"unk_token": "[UNK]"})):
+        said = ", ".join(map(repr, contents)).replace("[", r"\[")
+        with pytest.raises(ValueError, match=rf"t\.json: end_of_text: .*got the special tokens \[{said}\]; leave"):
+            open_tokenizer(write(*contents, **model))
+    assert BPETokenizer.from_file(write("[PAD]", "</s>"), end_of_text="</s>").eos_token_id == 499
+
+
+def test_no_call_of_the_library_is_long(tokenizer):
+    """Ctrl-C waits for one; there are still several texts in each, for the library's threads."""
+    sizes, real = [], tokenizer._tokenizer
+
+    def spy(texts, **keywords):
+        sizes.append((sum(map(len, texts)), len(texts)))
+        return real.encode_batch_fast(texts, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "_tokenizer", SimpleNamespace(encode_batch_fast=spy))
+        tokenizer.encode(bundled_text()[:1_700_000])
+    assert sum(size for size, _ in sizes) == 1_700_000 and max(sizes)[0] < 1_200_000 and sizes[0][1] == 8
 
 
 def test_sizes_that_cannot_be_trained():

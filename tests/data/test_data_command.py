@@ -48,9 +48,10 @@ def test_build_and_info(tmp_path, text, capsys):
     assert rows(capsys.readouterr())[1][0] == "test"
 
 
-def test_some_splits_and_the_cut(tmp_path, text, monkeypatch):
+def test_some_splits_and_the_cut(tmp_path, text, monkeypatch, capsys):
     monkeypatch.setattr(data, "_PART", 500)
     assert run("build", text, "--tokenizer", "text8", "--out", tmp_path / "o", "--workers", 1, "--splits", "valid") == 0
+    assert rows(capsys.readouterr())[1][:2] == ["valid", "1"]  # it was cut in three
     assert [p.name for p in (tmp_path / "o").iterdir()] == ["valid"]
     assert (open_tokens(tmp_path / "o" / "valid")[:] == CharTokenizer().encode(split(TEXT).valid)).all()
 
@@ -78,6 +79,26 @@ def test_mistakes(tmp_path, text):
     ):
         with pytest.raises((ValueError, OSError), match=message):
             run(*arguments)
+
+
+def test_an_out_that_is_a_file(tmp_path, text):
+    for out in (text, text / "o"):
+        for command in (("build", text, "--tokenizer", "text8"), ("fetch",)):
+            with pytest.raises(
+                ValueError, match=rf"^--out: expected a folder, or a new name for one, got {out}, where {text} is a"
+            ):
+                run(*command, "--out", out)
+    assert text.read_text() == TEXT
+
+
+def test_a_tokenizer_on_a_full_disk(tmp_path, text, monkeypatch):
+    def full(self, path):
+        raise OSError(28, "No space left on device")
+
+    trained = type("Trained", (), {"save": full})()
+    monkeypatch.setattr(room, "BPETokenizer", SimpleNamespace(train=lambda documents, size: trained))
+    with pytest.raises(OSError, match=r"--out: .*t\.json could not be written: No space left on device; nothing of it is kept"):
+        run("tokenizer", text, "--vocab-size", 400, "--out", tmp_path / "t.json")
 
 
 def test_an_extra_that_is_missing(tmp_path, text, monkeypatch):

@@ -298,6 +298,47 @@ pack(documents(), FakeTokenizer(300), sys.argv[1], source="s")
     assert [p.name for p in tmp_path.iterdir()] == ["t"]
 
 
+def test_an_interrupt_while_processes_start(tmp_path):
+    """As Ctrl-C sends it, to all processes at once: those that are importing say nothing, and the parent ends them."""
+    program = """
+import os, signal, sys, time
+sys.path.insert(0, sys.argv[2])
+from edlm.data import pack
+from fake_tokenizers import FakeTokenizer
+def documents():
+    yield "x" * 3_000_000
+    time.sleep(0.5)  # by now the new process has handlers of its own
+    os.killpg(0, signal.SIGINT)
+    yield "x"
+try:
+    pack(documents(), FakeTokenizer(300), sys.argv[1], source="s", workers=2)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "t"), str(Path(__file__).parent)],
+        check=False,
+        capture_output=True,
+        start_new_session=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (130, b"") and list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_is_not_lost():
+    """One that comes while a process is started is raised right afterwards."""
+    waited = []
+
+    def start():
+        with packing._interrupts_wait():
+            signal.raise_signal(signal.SIGINT)
+            waited.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert waited and signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
 def test_two_at_a_time(tmp_path, monkeypatch):
     """The second to finish finds the first one's folder: it is these tokens, and stays."""
     folder, real = tmp_path / "t", packing._publish

@@ -10,6 +10,7 @@ import json
 import lzma
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -285,7 +286,9 @@ def test_a_cut_download_is_refused_and_the_next_call_goes_on(server, tmp_path):
 
 def test_a_missing_file_and_an_unreachable_host_say_what_to_do(server, tmp_path):
     url, _ = server
-    with pytest.raises(OSError, match=r"no/tiny\.deb: HTTP Error 404.*; name a mirror, or put tiny\.deb into the cache"):
+    with pytest.raises(
+        OSError, match=r"no/tiny\.deb: HTTP Error 404.*; name a mirror \(--mirror\), or put tiny\.deb into the cache"
+    ):
         build(tmp_path / "corpus", mirrors={URL: url + "no/"}, progress=False)
     with pytest.raises(OSError, match=r"/tiny\.deb: .*; name a mirror"):
         build(tmp_path / "corpus", mirrors={URL: "http://127.0.0.1:1/"}, progress=False)
@@ -465,3 +468,26 @@ def test_bars_are_on_stderr_and_can_be_turned_off(packages, tmp_path, capsys):
     assert shown.out == "" and "tiny.deb" in shown.err and "addresses" in shown.err
     build(tmp_path / "two", mirrors=mirrors(packages), progress=False)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("mirror", ["nowhere/", "http://a host/", "http://host:port/"])
+def test_a_mirror_that_makes_no_url(packages, tmp_path, mirror):
+    with pytest.raises(ValueError, match=rf"^mirrors \(--mirror\): expected one that makes a URL of http.*, got '{mirror}"):
+        build(tmp_path / "corpus", mirrors=dict.fromkeys(mirrors(packages), mirror), progress=False)
+
+
+def test_a_server_that_speaks_no_http(packages, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer():
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(b"220 ready\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        other = dict.fromkeys(mirrors(packages), f"http://127.0.0.1:{listening.getsockname()[1]}/")
+        with pytest.raises(OSError, match=r"^http://127.*: 220 ready\s*; name a mirror \(--mirror\), or put"):
+            build(tmp_path / "corpus", mirrors=other, progress=False)
+        thread.join()

@@ -95,7 +95,6 @@ CORRUPTIONS = {
         "manifest.json: corrupt manifest: it cannot be read",
     ),
     "a manifest of zeros": (lambda f: (f / "manifest.json").write_bytes(b"\0" * 99), "manifest.json: corrupt manifest"),
-    "a manifest that is no table": (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json: corrupt manifest"),
     "another count": (_edit(count=5), "manifest.json: corrupt manifest: it does not match its checksum"),
     "another type": (_edit(dtype="int8"), "manifest.json: corrupt manifest: it does not match its checksum"),
     "another source": (_edit(made_from={}), "manifest.json: corrupt manifest: it does not match its checksum"),
@@ -108,7 +107,9 @@ def test_corruption_is_refused_by_name_and_mended_by_pack(tmp_path, corruption):
     good = pack([text], CharTokenizer(), folder, source="s", shard_tokens=20)[:].tolist()
     damage, message = CORRUPTIONS[corruption]
     damage(folder)
-    with pytest.raises(ValueError, match=f"{message}.*; remove .*t, and it is made anew"):
+    with pytest.raises(
+        ValueError, match=rf"{message}.*; remove .*t and build it again \(edlm data build; a run makes its own anew\)$"
+    ):
         open_tokens(folder)
     assert pack([text], CharTokenizer(), folder, source="s", shard_tokens=20)[:].tolist() == good
     assert open_tokens(folder)[:].tolist() == good
@@ -118,8 +119,18 @@ def test_what_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected a token folder, got no such folder"):
         open_tokens(tmp_path / "t")
     (tmp_path / "f").write_text("x")
-    with pytest.raises(ValueError, match="expected a token folder, got one without manifest"):
-        open_tokens(tmp_path / "f")
+    (tmp_path / "d").mkdir()
+    for name in "fd":
+        with pytest.raises(ValueError, match=rf"{name}: expected a token folder, got one without manifest\.json, or a file$"):
+            open_tokens(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{}", '{"made_from": {"format": 2}}', '{"manifest_sha256": "a"}'])
+def test_the_manifest_of_something_else(tmp_path, content):
+    """It is somebody's: nothing is said of removing it."""
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match=r"manifest\.json: expected a token folder, got the manifest of something else$"):
+        open_tokens(tmp_path)
 
 
 def test_without_verification_sizes_are_still_compared(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import os
 
 import pytest
 from edlm.data import CharTokenizer, bundled_text, corpora, documents, open_text, read_text, split, text
@@ -137,6 +138,45 @@ def test_a_folder_of_documents(tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match=r"text: expected files that end in \.txt, \.xz, \.gz in .*none, got none"):
         open_text(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "name", ["train/a.txt", "en/Valid/b.txt", "test/c.xz", "wiki.train.txt", "validation.txt", "x/y.dev.gz", "val.txt"]
+)
+def test_splits_in_another_form_are_not_mixed(tmp_path, name):
+    write(tmp_path / "a.txt", TEXT)
+    write(tmp_path / "training" / "my train.txt", TEXT)  # no name of a split
+    assert len(parts_of(open_text(tmp_path))[0]) == 2
+    write(tmp_path / name, TEXT)
+    with pytest.raises(
+        ValueError, match=rf"^text: expected train\.txt, valid\.txt and test\.txt in .*, got split names in {name}; "
+    ):
+        open_text(tmp_path)
+
+
+def test_hidden_folders_are_not_read(tmp_path):
+    for name in (".git/a.txt", "a/.ipynb_checkpoints/b.txt", "a/.c.txt", ".train/d.txt"):
+        write(tmp_path / ".hidden" / "books" / name, "hidden")  # where the folder itself lies makes no difference
+    write(tmp_path / ".hidden" / "books" / "a" / "b.txt", "b" * 100)
+    assert parts_of(open_text(tmp_path / ".hidden" / "books")) == [["b" * 90], ["b" * 5], ["b" * 5]]
+
+
+def test_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # opened, it would wait for ever
+    with pytest.raises(
+        ValueError, match=r"^text: expected a file or a folder, got .*pipe, which is neither; write the text to a"
+    ):
+        open_text(tmp_path / "pipe")
+
+
+def test_parts_of_one_document_are_one_document(tmp_path):
+    for name in "ab":
+        write(tmp_path / f"{name}.txt", TEXT)
+    write(tmp_path / "empty.txt", "")
+    for part in (None, 100):
+        found = open_text(tmp_path).split("train", part=part)
+        assert found.begun == 0
+        assert len(list(found)) == (2 if part is None else 164) and found.begun == 2
 
 
 @pytest.mark.parametrize("kind", ["file", "splits", "folder"])

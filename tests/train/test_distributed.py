@@ -24,24 +24,56 @@ STEPS = 12
 
 # Starting python and torch takes seconds: one process starts, and forks the others before any of torch's threads exist.
 DRIVER = """
-import os, sys, traceback
+import os, signal, sys, traceback
 sys.path.insert(0, {tests!r})
 import torch, torch.distributed as dist
 import torch.distributed.checkpoint, torch.distributed.fsdp, torch._dynamo
 from pathlib import Path
-from edlm.train import train, objectives
+from edlm import checkpoint
+from edlm.train import Interrupted, train, objectives, run
 from tiny_run import tiny_config
 
 torch.set_num_threads(1)
 torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
 folder, text = Path({folder!r}), {text!r}
 
+done = []
+
 class Stopped(Exception):
     pass
 
+class Odd(ValueError):
+    def __init__(self, *, detail):  # as it is, it cannot be built again on the other side
+        super().__init__(detail)
+
+def interrupt_the_second(rank):
+    real, told = objectives.DiffusionObjective.terms, []
+    def terms(self, rows, step):
+        if rank == 1 and step == 5 and not told:
+            told.append(step)
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, rows, step)
+    objectives.DiffusionObjective.terms = terms
+
+def full_disk(rank):
+    real = checkpoint.native._flush
+    def flush(path):
+        if path.name == "manifest.json" and "step_00000008" in str(path):
+            raise OSError(28, "No space left on device", str(path))
+        real(path)
+    checkpoint.native._flush = flush
+
+def odd_error(rank):
+    def claim(out, config):
+        raise Odd(detail="the first process says why")
+    run.claim = claim
+
 def worker(rank, size, out, kind, stop, changes):
+    hook = changes.pop("hook", None)
+    if hook is not None:
+        hook(rank)
     if size > 1:
-        dist.init_process_group("gloo", init_method=f"file://{{folder}}/store_{{out}}_{{stop}}_{{size}}", rank=rank, world_size=size)
+        dist.init_process_group("gloo", init_method=f"file://{{folder}}/store_{{len(done)}}", rank=rank, world_size=size)
     if stop is not None:
         for objective in (objectives.DiffusionObjective, objectives.CausalObjective, objectives.NceObjective):
             def terms(self, rows, step, real=objective.terms):
@@ -51,7 +83,7 @@ def worker(rank, size, out, kind, stop, changes):
             objective.terms = terms
     train(tiny_config(kind, text, **changes), folder / out, progress=False)
 
-def go(size, out, kind, stop=None, **changes):
+def go(size, out, kind, stop=None, wanted=0, **changes):
     pids = []
     for rank in range(size):
         pid = os.fork()
@@ -62,14 +94,20 @@ def go(size, out, kind, stop=None, **changes):
                 code = 0
             except Stopped:
                 code = 9
+            except Interrupted:
+                code = 130
+            except (OSError, ValueError, RuntimeError) as error:
+                os.write(1, f"{{rank}} {{type(error).__name__}} {{error}}\\n".encode())  # one piece, beside the other's
+                code = 28
             except BaseException:
                 traceback.print_exc()
             finally:
                 sys.stderr.flush()
                 os._exit(code)
         pids.append(pid)
+    done.append(out)  # a store is used once: what an earlier group left in it would be taken for this one's
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    expected = 0 if stop is None else 9
+    expected = wanted if stop is None else 9
     assert codes == [expected] * size, (out, codes)
 
 base = dict(steps={steps}, batch_size=8, checkpoint_every=4, valid_every=4)
@@ -81,7 +119,7 @@ for kind in ("dit", "causal_lm"):
     go(2, kind + "_fsdp", kind, **base, system=fsdp)
 nce = {{"proposal": str(folder / "dit_one" / "model")}}
 for name, size, system in (("one", 1, micro), ("ddp", 2, micro), ("fsdp", 2, fsdp)):
-    model = {{"kind": "nce_energy", "dim": None, "num_layers": None, "num_heads": None}}
+    model = {{"kind": "nce_energy", "dim": None, "num_layers": None, "num_heads": None, "cond_dim": 128}}
     go(size, "nce_energy_" + name, "nce_energy", **base, system=system, nce=nce, model=model)
 # Stopped after the checkpoint of step 8, and continued by another number of processes, sharded or not.
 go(2, "two_then_one", "dit", 10, **base, system=fsdp)
@@ -90,6 +128,12 @@ go(1, "one_then_two", "dit", 10, **base, system=micro)
 go(2, "one_then_two", "dit", **base, system=fsdp)
 go(2, "sharded_twice", "dit", 10, **base, system=fsdp)
 go(2, "sharded_twice", "dit", **base, system=fsdp)
+# One of two is told to stop, or fails: both do, and for the same reason.
+go(2, "told", "dit", **base, system=micro, wanted=130, hook=interrupt_the_second)
+go(2, "told", "dit", **base, system=micro)
+go(2, "full", "dit", **base, system=fsdp, wanted=28, hook=full_disk)
+go(2, "full", "dit", **base, system=fsdp)
+go(2, "odd", "dit", **base, system=fsdp, wanted=28, hook=odd_error)
 go(2, "recomputed", "dit", **base, system=fsdp | {{"activation_checkpointing": True}})
 """
 
@@ -103,8 +147,9 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     text = write_text(folder)
     program = DRIVER.format(tests=str(TESTS), folder=str(folder), text=str(text), steps=STEPS)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=400)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "said.txt").write_text(done.stdout)
     return folder
 
 
@@ -141,6 +186,20 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(runs, name):
 
 def test_sharded_again_is_the_same_to_the_bit(runs):
     assert_same_weights(runs / "sharded_twice" / "model", runs / "dit_fsdp" / "model")
+
+
+def test_one_that_is_interrupted_stops_both_and_they_go_on(runs):
+    assert_same_weights(runs / "told" / "model", runs / "dit_ddp" / "model")
+
+
+def test_an_error_of_one_is_the_error_of_both(runs):
+    """A disk that is full while the manifest is written, and an error that does not survive the way between processes."""
+    said = sorted((runs / "said.txt").read_text().splitlines())
+    full = [line for line in said if "No space left on device" in line]
+    assert [line.split()[:2] for line in full] == [["0", "OSError"], ["1", "OSError"]]
+    assert_same_weights(runs / "full" / "model", runs / "dit_fsdp" / "model")
+    odd = [line for line in said if "the first process says why" in line]
+    assert [line.split()[:2] for line in odd] == [["0", "Odd"], ["1", "RuntimeError"]]
 
 
 def test_activations_computed_again_are_the_same(runs):

@@ -32,7 +32,7 @@ def networks(tmp_path_factory, text):
 
 def nce_config(networks, text, **changes) -> TrainConfig:
     values = tiny_values("nce_energy", text, **{"nce": {"proposal": networks["dit"]}} | changes)
-    values["model"] = {"kind": "nce_energy", "dropout": 0.1} if values["model"]["kind"] == "nce_energy" else values["model"]
+    values["model"] = {"kind": values["model"]["kind"], "dropout": 0.1}  # the sizes are those of the networks that are there
     return from_dict(values, TrainConfig)
 
 
@@ -100,6 +100,9 @@ def test_an_autoregressive_residual_is_trained_by_the_same_loss(tmp_path, networ
     assert first["accuracy"] > 0.5  # it knows something from the beginning
     assert last["valid_accuracy"] > 0.5
     causal = CausalLM.from_pretrained(model)
+    assert (
+        causal.config.dropout == 0.1 and CausalLM.from_pretrained(networks["ar"]).config.dropout == 0.0
+    )  # what it was trained with
     assert any(not torch.equal(w, weights(networks["ar"])[name]) for name, w in weights(model).items())
     energy = ARResidualEnergy(causal, carry_over, mask_token_id=27)
     denoiser = DiT.from_pretrained(networks["dit"])
@@ -138,6 +141,50 @@ def test_a_proposal_with_another_tokenizer(tmp_path, networks, text):
     with pytest.raises(ValueError, match=r"nce\.proposal: expected a network with the tokenizer of data\.tokenizer.*got .*other"):
         train(config, tmp_path / "run", progress=False)
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["nce_energy", "causal_lm"])
+@pytest.mark.parametrize(
+    "size", [{"dim": 64}, {"num_layers": 3}, {"preset": "mini"}, {"cond_dim": 99}, {"time_conditioning": True}]
+)
+def test_sizes_of_their_own_are_refused(networks, text, kind, size):
+    """They would be recorded in the run, and not be so."""
+    values = tiny_values(
+        "dit", text, nce={"proposal": networks["dit"]} | ({"start": networks["ar"]} if kind == "causal_lm" else {})
+    )
+    values["model"] = {"kind": kind} | size
+    with pytest.raises(ValueError, match=rf"model\.{next(iter(size))}: expected none with a table \[nce\]"):
+        from_dict(values, TrainConfig)
+
+
+def test_validation_draws_are_a_window_s_own(networks, text):
+    """Its time and its proposals belong to the window, whatever other windows are validated beside it; and times are spread."""
+    from edlm.train import objectives
+
+    proposal = DiT.from_pretrained(networks["dit"])
+    config = nce_config(networks, text)
+    objective = objectives.objective_for(config, config.model.build_energy(proposal).eval(), 27, proposal)
+    x0, seeds, seen = torch.randint(0, 27, (6, 16)), objective.valid_seed + torch.arange(6), []
+    real = objective._per_row
+    objective._per_row = lambda rows, step: seen.append(rows.times) or real(rows, step)
+    with torch.no_grad():
+        objective.validate(x0, seeds)
+        objective.validate(x0[1::2], seeds[1::2])
+    assert torch.equal(seen[0][1::2], seen[1])
+    assert len(set(seen[0].tolist())) == 6 and seen[0].min() < 0.3 and seen[0].max() > 0.7
+
+
+def test_under_autocast_log_mu_is_of_float32_logits(networks, text):
+    """bfloat16 would err by as much as energies differ; hidden rows may be rounded, the head's products are not."""
+    from edlm.diffusion import MaskedDiffusion, nce_batch, schedule
+
+    proposal, x0 = DiT.from_pretrained(networks["dit"]), torch.randint(0, 27, (6, 16))
+    dtypes, real = [], proposal.head
+    proposal.head = lambda rows: dtypes.append(real(rows)) or dtypes[-1]
+    with torch.autocast("cpu", torch.bfloat16):
+        nce_batch(proposal, x0, MaskedDiffusion(schedule("log_linear"), 27), seed=0, times=0.9)
+    assert all(logits.dtype == torch.float32 for logits in dtypes)
+    assert any((logits != logits.bfloat16().float()).any() for logits in dtypes)
 
 
 @pytest.mark.parametrize("path", ["nowhere", "text"])

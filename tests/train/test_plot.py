@@ -64,6 +64,20 @@ def test_reading_takes_folders_and_files_and_counts_what_is_damaged(tmp_path):
         assert run.lines[2] == {"step": 3, "loss": 2.0, "valid_bits": 4.0}
 
 
+@pytest.mark.parametrize("step", ["Infinity", "NaN", "1" + "0" * 400, "null", "true"])
+def test_a_step_that_is_no_number_is_a_damaged_line(tmp_path, step):
+    run = read_run(write_run(tmp_path / "a", [{"step": 1, "loss": 1.0}, f'{{"step": {step}, "loss": 2.0}}']))
+    assert [line["step"] for line in run.lines] == [1] and run.damaged == 1
+
+
+@pytest.mark.parametrize("data", [None, [], "text8", {}])
+def test_a_config_that_says_nothing_of_its_data(tmp_path, data):
+    run = read_run(write_run(tmp_path / "a", [{"step": 1, "loss": 1.0}], config={"batch_size": 4, "data": data}))
+    assert run.characters_per_token is None
+    with pytest.raises(ValueError, match=r"--x: expected a config\.json"):
+        run.x("tokens")
+
+
 def test_axes(tmp_path):
     run = read_run(denoiser(tmp_path / "a"))
     assert run.x("step")[-1] == 41 and run.x("tokens")[-1] == 41 * 4 * 16
@@ -110,6 +124,17 @@ def test_usual_panels_in_bits(tmp_path, figures):
     assert [t.get_text() for t in figures[0].legends[0].get_texts()] == ["x/run", "y/run"]
     colours = {handle.get_color() for handle in figures[0].legends[0].get_lines()}
     assert len(colours) == 2
+
+
+@needs_matplotlib
+def test_dollars_are_no_mathematics(tmp_path, figures):
+    name = r"$\frac{$"
+    run = write_run(tmp_path / name.replace("\\", ""), [{"step": s, r"$\x$": 1.0} for s in (1, 2)])
+    plot([run], tmp_path / "a.png", y=[r"$\x$"], title=name)
+    (axes,) = figures[0].axes
+    texts = [figures[0]._suptitle, axes.yaxis.label, axes._left_title, *figures[0].legends[0].get_texts()]
+    assert [t.get_text() for t in texts] == [name, r"$\x$", r"$\x$", "$frac{$"]
+    assert not any(t.get_parse_math() for t in texts)
 
 
 @needs_matplotlib

@@ -50,6 +50,27 @@ def test_the_last_ones_and_the_best_stay(tmp_path, text, monkeypatch):
     DiT.from_pretrained(tmp_path / "run" / "best")
 
 
+def test_a_damaged_best_one_does_not_keep_the_model_back(tmp_path, text, monkeypatch, capsys):
+    validations(monkeypatch, [3.0, 1.0, 2.0, 2.0, 1.5, 1.2])
+    config = tiny_config("dit", text, **CHANGES)
+    train(config, tmp_path / "run", progress=False)
+    shutil.rmtree(tmp_path / "run" / "model")
+    shutil.rmtree(tmp_path / "run" / "best")
+    file = tmp_path / "run" / "checkpoints" / "step_00000004" / "ema.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert train(config, tmp_path / "run", progress=False).exists()
+    assert not (tmp_path / "run" / "best").exists()
+    assert "step_00000004: corrupt checkpoint: ema.safetensors" in capsys.readouterr().err
+
+
+def test_a_validation_that_is_not_finite_is_no_best_one(tmp_path, text, monkeypatch):
+    validations(monkeypatch, [3.0, float("nan"), float("inf"), 2.0, 2.5, 2.6])
+    train(tiny_config("dit", text, **CHANGES), tmp_path / "run", progress=False)
+    assert steps_of(tmp_path / "run") == [8, 10, 12]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[3]["valid_loss"] is None and rows[7]["valid_loss"] == 2.0
+
+
 def test_where_the_last_is_the_best_there_is_one_model(tmp_path, text, monkeypatch):
     validations(monkeypatch, [3.0, 2.0, 2.0, 1.5, 1.2, 1.2])
     train(tiny_config("dit", text, **CHANGES), tmp_path / "run", progress=False)
@@ -115,5 +136,7 @@ def test_how_to_compute_and_what_to_show_may_change_when_a_run_goes_on(tmp_path,
     train(tiny_config("dit", text, **CHANGES | free), out, progress=False)
     assert all(torch.equal(kept[name], weight) for name, weight in weights(model).items())
     assert json.loads((out / "config.json").read_text())["keep_checkpoints"] == 1  # the file says what was asked last
+    with pytest.raises(ValueError, match=r"another configuration \(system\.compile differ\)"):  # its dropout is another
+        train(tiny_config("dit", text, **CHANGES, system={"compile": True}), out, progress=False)
     with pytest.raises(ValueError, match=r"another configuration \(system\.precision differ\)"):
         train(tiny_config("dit", text, **CHANGES, system={"precision": "bfloat16"}), out, progress=False)

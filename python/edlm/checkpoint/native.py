@@ -189,7 +189,7 @@ def _holds_nothing_else(path: Path, *, temporary: bool = False) -> bool:
     if path.is_symlink() or not path.is_dir():
         return False
     return all(
-        p.is_file() and (p.name in _NAMES or p.suffix in _SUFFIXES or (temporary and p.name.startswith(".tmp")))
+        p.is_file() and (p.name in _NAMES or p.suffix in _SUFFIXES or (temporary and p.name.startswith((".tmp", ".metadata."))))
         for p in path.iterdir()
     )
 

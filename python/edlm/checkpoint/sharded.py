@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,30 @@ def save_sharded(path: str | Path, *, kind: str, meta: Mapping[str, Any], tensor
 
     many = dist.is_available() and dist.is_initialized()
     first = not many or dist.get_rank() == 0
-    with writing(path, kind=kind, meta=meta) if first else contextlib.nullcontext() as folder:
-        name = [str(folder)]
+    stack = contextlib.ExitStack()
+
+    def together(work: Callable[[], object]) -> str:
+        """What ``work`` gives in the first process, to all; its error too: nobody waits for one that has failed."""
+        outcome: list[Any] = [None, None]
+        if first:
+            try:
+                outcome[0] = str(work())
+            except (OSError, ValueError) as error:
+                outcome[1] = error
         if many:
-            dist.broadcast_object_list(name, src=0)
+            dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    folder = together(lambda: stack.enter_context(writing(path, kind=kind, meta=meta)))
+    with stack:
         try:
-            dcp.save({stem: dict(group) for stem, group in tensors.items()}, checkpoint_id=name[0], no_dist=not many)
+            dcp.save({stem: dict(group) for stem, group in tensors.items()}, checkpoint_id=folder, no_dist=not many)
         except dcp.api.CheckpointException as error:
             raise OSError(f"{path}: not saved: {'; '.join(str(e[0]) for e in error.failures.values())}") from error
-    if many:
-        dist.barrier()  # nobody goes on, to remove an old one perhaps, before this one has its name
+        sealing = stack.pop_all()
+    together(sealing.close)  # nobody goes on, to remove an old one perhaps, before this one has its name
 
 
 def load_sharded(folder: Path, tensors: State) -> None:

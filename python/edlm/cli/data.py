@@ -68,6 +68,7 @@ def run(options: argparse.Namespace) -> int:
 def _build(options: argparse.Namespace) -> int:
     from ..data import open_text, open_tokenizer, pack
 
+    out = _folder(options.out)
     tokenizer, corpus, rows = open_tokenizer(options.tokenizer), open_text(options.source), []
     part = _PART if hasattr(tokenizer, "separator_id") else None
     for split in dict.fromkeys(options.splits):
@@ -75,7 +76,7 @@ def _build(options: argparse.Namespace) -> int:
         tokens = pack(
             corpus.split(split, part=part),
             tokenizer,
-            Path(options.out) / split,
+            out / split,
             source=f"{corpus.identity}/{split}",
             workers=options.workers,
             shard_tokens=options.shard_tokens,
@@ -122,7 +123,7 @@ def _fetch(options: argparse.Namespace) -> int:
     from ..data import public_domain
 
     cache = None if options.cache is None else Path(options.cache)
-    out = public_domain.build(Path(options.out), cache=cache, mirrors=dict(options.mirror), progress=True)
+    out = public_domain.build(_folder(options.out), cache=cache, mirrors=dict(options.mirror), progress=True)
     print(f"fetched: {out}; go on with: edlm data build {out} --tokenizer text8 --out TOKENS")
     return 0
 
@@ -134,9 +135,24 @@ def _tokenizer(options: argparse.Namespace) -> int:
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(f"--out: expected the name of a file in a folder that is there, got {out}")
     tokenizer = BPETokenizer.train(open_text(options.source).split("train"), options.vocab_size)
-    tokenizer.save(out)
+    try:
+        tokenizer.save(out)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"--out: {out} could not be written: {error.strerror or error}; nothing of it is kept: free some space, or choose "
+            "another place",
+        ) from error
     print(f"trained: {out} ({tokenizer.vocab_size} entries with the mask)")
     return 0
+
+
+def _folder(out: str) -> Path:
+    """``--out``, where it can be a folder."""
+    there = next((path for path in (Path(out), *Path(out).parents) if path.exists()), None)
+    if there is not None and not there.is_dir():
+        raise ValueError(f"--out: expected a folder, or a new name for one, got {out}, where {there} is a file; choose another")
+    return Path(out)
 
 
 def _counts(manifest: dict[str, int]) -> list[str]:

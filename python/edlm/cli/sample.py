@@ -19,7 +19,8 @@ HELP = "decode text from a trained denoiser, with or without an energy"
 EXAMPLES = """edlm sample runs/denoiser/model --num 2 --length 128 --steps 32
 edlm sample runs/denoiser/model --energy runs/ar/model --window 0 1 --num-candidates 16
 edlm sample runs/denoiser/model --prompt "it is a truth ____________ acknowledged"
-In a prompt _ is a character to be filled in; where the model reads a BPE, [MASK] is a token. Low energy is good; ESS says how many of the K candidates count."""
+In a prompt _ is a character to be filled in; where the model reads a BPE, [MASK] is a token.
+Low energy is good; ESS says how many of the K candidates count."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,9 +8,11 @@ from collections.abc import Callable
 
 from .models import device_named
 
-HELP = "train a denoiser or an autoregressive model from a TOML file"
+HELP = "train a denoiser, an autoregressive model or an energy from a TOML file"
 EXAMPLES = """edlm train examples/configs/tiny_dit.toml --out runs/denoiser
 edlm train examples/configs/tiny_causal.toml --out runs/ar --set steps=2000 --set optim.lr=1e-3
+edlm train examples/configs/tiny_nce.toml --out runs/nce       # from the denoiser in runs/denoiser
+torchrun --nproc-per-node 2 -m edlm train examples/configs/tiny_dit.toml --out runs/two
 The same command resumes a run that was stopped, wherever that was. Keys are those of the TOML file."""
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 MASK = "[MASK]"  # how a mask is shown, and written in a prompt
-_PART = 1 << 20  # characters that go through the library at once
+_PART = 1 << 17  # characters that go through the library as one text
+_BATCH = 1 << 20  # characters of a call, which Ctrl-C waits for: the library takes some 35 bytes each until it returns
 # No token of the byte-level pattern goes on into a white space that follows something visible, and none looks back: what follows
 # such a place is split as if the text began there.
 _CUT = re.compile(r"(?<=[!-~])[ \n]")
@@ -41,14 +42,15 @@ class BPETokenizer:
     For GPT-2: ``bos_token_id = eos_token_id = 50256``, ``mask_token_id = 50257``, ``vocab_size = 50258``.
 
     Args:
-        document: the text of a ``tokenizer.json``. end_of_text: the entry that ends a document.
+        document: the text of a ``tokenizer.json``. end_of_text: the entry that ends a document; by default ``<|endoftext|>``, or,
+            in a tokenizer without it, its only special token.
 
     Raises:
-        ValueError: not a BPE tokenizer, one that draws at random (dropout), or one without that entry. ImportError: ``tokenizers`` is
-        not installed.
+        ValueError: not a BPE tokenizer, one that draws at random (dropout), one without that entry, or without a default for it.
+        ImportError: ``tokenizers`` is not installed.
     """
 
-    def __init__(self, document: str, *, end_of_text: str = END_OF_TEXT) -> None:
+    def __init__(self, document: str, *, end_of_text: str | None = None) -> None:
         library = _library()
         plain = _canonical(document)
         self._document = json.dumps(plain, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
@@ -57,13 +59,11 @@ class BPETokenizer:
         except Exception as error:  # the library's own errors are plain Exceptions
             raise ValueError(f"tokenizer: expected a whole tokenizer.json, got one that cannot be read: {error}") from None
         self._tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is text
-        self.end_of_text = end_of_text
         entries = self._tokenizer.get_vocab(with_added_tokens=True)
+        end_of_text = self.end_of_text = _end_of_text(entries, plain) if end_of_text is None else end_of_text
         if end_of_text not in entries:
-            special = [token["content"] for token in plain["added_tokens"]]
             raise ValueError(
-                f"end_of_text: expected one of the tokenizer's entries, got {end_of_text!r}; its added tokens are {special}: "
-                "pass one as end_of_text="
+                f"end_of_text: expected one of the tokenizer's entries, got {end_of_text!r}; its special tokens are {_special(plain)}"
             )
         self.bos_token_id: int = entries[end_of_text]
         self.eos_token_id: int = entries[end_of_text]
@@ -95,8 +95,11 @@ class BPETokenizer:
         return cls(_byte_level(entries, pairs, end_of_text), end_of_text=end_of_text)
 
     @classmethod
-    def from_file(cls, tokenizer_json: str | Path, *, end_of_text: str = END_OF_TEXT) -> BPETokenizer:
-        """A ``tokenizer.json``, the library's own format. Its post-processing, padding and truncation are left out."""
+    def from_file(cls, tokenizer_json: str | Path, *, end_of_text: str | None = None) -> BPETokenizer:
+        """A ``tokenizer.json``, the library's own format. Its post-processing, padding and truncation are left out.
+
+        ``end_of_text``, and what is raised, are as for the class.
+        """
         try:
             return cls(Path(tokenizer_json).read_text(encoding="utf-8"), end_of_text=end_of_text)
         except ValueError as error:  # UnicodeDecodeError is one
@@ -151,7 +154,7 @@ class BPETokenizer:
             for part in _parts(text) if self._may_cut else (text,):
                 waiting.append(part)
                 characters += len(part)
-                if characters >= 8 * _PART:  # the library takes some 35 bytes a character until it is done
+                if characters >= _BATCH:
                     flush()
                     characters = 0
             ends.append(len(ids) + len(waiting))
@@ -245,6 +248,23 @@ def _canonical(document: str) -> dict[str, Any]:
         "decoder": plain.get("decoder"),
         "model": settings | {"vocab": model["vocab"], "merges": merges},
     }
+
+
+def _special(plain: dict[str, Any]) -> list[str]:
+    return [token["content"] for token in plain["added_tokens"] if token["special"]]
+
+
+def _end_of_text(entries: dict[str, int], plain: dict[str, Any]) -> str:
+    """What ends a document where nobody says."""
+    special = _special(plain)
+    if END_OF_TEXT in entries:
+        return END_OF_TEXT
+    if len(special) == 1 and special[0] != plain["model"]["unk_token"]:  # what text may become ends nothing
+        return special[0]
+    raise ValueError(
+        f"end_of_text: expected the entry {END_OF_TEXT!r}, or one special token alone, got the special tokens {special}; leave "
+        "that which ends a document alone in the file's added_tokens, or pass an entry to BPETokenizer.from_file as end_of_text="
+    )
 
 
 def _parts(text: str) -> Iterator[str]:

@@ -105,7 +105,7 @@ def pack(
                         "made_from": made_from,
                         "dtype": dtype.name,
                         "count": writer.count,
-                        "documents": counts[0],
+                        "documents": getattr(documents, "begun", counts[0]),  # a Corpus counts the parts of one as one
                         "characters": counts[1],
                         "shards": writer.shards,
                     },
@@ -149,7 +149,9 @@ def _encoded(pieces: Iterator[_Piece], tokenizer: Tokenizer, workers: int) -> It
     pending: deque[tuple[int, Future[np.ndarray]]] = deque()
     try:
         for piece in pieces:
-            pending.append((piece.characters, pool.submit(_work, piece.texts)))
+            with _interrupts_wait():  # here processes are started
+                future = pool.submit(_work, piece.texts)
+            pending.append((piece.characters, future))
             if len(pending) > 2 * workers:
                 characters, future = pending.popleft()
                 yield characters, future.result()
@@ -163,6 +165,18 @@ def _encoded(pieces: Iterator[_Piece], tokenizer: Tokenizer, workers: int) -> It
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Ctrl-C waits, unless another thread takes it. A process that is started meanwhile inherits the mask and never sees one, while
+    it imports either: it would die with a traceback of its own, and the parent tells it when to end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _separation(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:

@@ -79,8 +79,11 @@ def _download(package: Package, url: str, progress: bool) -> bytes:
     except http.client.IncompleteRead as error:  # newer Pythons say it themselves
         pieces.append(error.partial)
         received += len(error.partial)
-    except OSError as error:
-        raise OSError(f"{url}: {error}; name a mirror, or put {package.name} into the cache folder") from error
+    except (http.client.InvalidURL, ValueError) as error:
+        raise ValueError(f"mirrors (--mirror): expected one that makes a URL of {package.url}, got {url!r}: {error}") from None
+    except (OSError, http.client.HTTPException) as error:
+        said = str(error) or type(error).__name__
+        raise OSError(f"{url}: {said}; name a mirror (--mirror), or put {package.name} into the cache folder") from error
     if length is not None and received != length:
         raise ValueError(f"{package.name}: expected {length} bytes from {url}, got {received}; run it again")
     return b"".join(pieces)

@@ -101,13 +101,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder}: expected a token folder, got no such folder")
     file = folder / MANIFEST
     if not file.is_file():
-        raise ValueError(f"{folder}: expected a token folder, got one without {MANIFEST}, or a file; {_remedy(folder)}")
+        shards = folder.is_dir() and any(SHARD.fullmatch(path.name) for path in folder.iterdir())
+        remedy = f"; {_remedy(folder)}" if shards else ""  # of something else nobody should be told to remove it
+        raise ValueError(f"{folder}: expected a token folder, got one without {MANIFEST}, or a file{remedy}")
     try:
         manifest = json.loads(file.read_bytes())
-        intact = manifest.pop(_SEAL) == _digest(manifest)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{file}: corrupt manifest: it cannot be read, or another program wrote it; {_remedy(folder)}") from None
-    if not intact:
+    except ValueError:
+        raise ValueError(f"{file}: corrupt manifest: it cannot be read; {_remedy(folder)}") from None
+    if not isinstance(manifest, dict) or not {_SEAL, "made_from"} <= manifest.keys():
+        raise ValueError(f"{file}: expected a token folder, got the manifest of something else")
+    if manifest.pop(_SEAL) != _digest(manifest):
         raise ValueError(f"{file}: corrupt manifest: it does not match its checksum; {_remedy(folder)}")
     if manifest["made_from"]["format"] != FORMAT:
         raise ValueError(f"{file}: expected format {FORMAT}, got {manifest['made_from']['format']}; {_remedy(folder)}")
@@ -167,7 +170,7 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def _remedy(folder: Path) -> str:
-    return f"remove {folder}, and it is made anew"
+    return f"remove {folder} and build it again (edlm data build; a run makes its own anew)"
 
 
 def replace_file(path: Path, raw: bytes) -> None:

@@ -24,6 +24,7 @@ from . import corpora
 BUNDLED = "bundled"
 SPLITS = ("train", "valid", "test")
 _SUFFIXES = (".txt", ".xz", ".gz")
+_SPLIT_NAMES = {*SPLITS, "val", "validation", "dev"}  # as data sets of others call theirs
 _BLOCK = 1 << 20  # bytes read at a time
 _WHITE = re.compile(r"\s")
 
@@ -64,14 +65,31 @@ class Corpus:
             raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {name!r}")
         if part is not None and part < 1:
             raise ValueError(f"part: expected a number of characters >= 1, got {part}")
-        return self._documents(name, part)
+        return _Documents(lambda: self._read(name), part)
 
-    def _documents(self, name: str, part: int | None) -> Iterator[str]:
-        for blocks in self._read(name):
-            if part is None:
-                yield blocks if isinstance(blocks, str) else "".join(blocks)
-            else:
-                yield from parts([blocks] if isinstance(blocks, str) else blocks, part)
+
+class _Documents(Iterator[str]):
+    """Documents, or the parts that they are cut into. ``begun``: the number of documents so far, however many parts each has."""
+
+    def __init__(self, read: Callable[[], Iterator[Iterable[str]]], part: int | None) -> None:
+        self._begun = [0]  # a list, for a generator that held this object would keep its file open until the next collection
+        self._texts = _texts(read, part, self._begun)
+
+    @property
+    def begun(self) -> int:
+        return self._begun[0]
+
+    def __next__(self) -> str:
+        return next(self._texts)
+
+
+def _texts(read: Callable[[], Iterator[Iterable[str]]], part: int | None, begun: list[int]) -> Iterator[str]:
+    for blocks in read():
+        begun[0] += 1
+        if part is None:
+            yield blocks if isinstance(blocks, str) else "".join(blocks)
+        else:
+            yield from parts([blocks] if isinstance(blocks, str) else blocks, part)
 
 
 def open_text(source: str | Path) -> Corpus:
@@ -81,9 +99,11 @@ def open_text(source: str | Path) -> Corpus:
     - A UTF-8 file (.txt, .xz, .gz, or of any other ending, plain): one document, split 90 / 5 / 5 per cent, in order.
     - A folder with train.*, valid.* and test.* (.txt, .xz, .gz): these are the splits, one document each.
     - A folder of other .txt, .xz and .gz files, at any depth: each a document, in the order of their paths, each split 90 / 5 / 5.
+      Files and folders whose names begin with a dot are left out.
 
     Raises:
-        FileNotFoundError: no such file, and no known name. ValueError: an empty file, or a folder without text.
+        FileNotFoundError: no such file, and no known name. ValueError: an empty file, a pipe, a folder without text, or one whose
+        files or folders deeper down are named after splits (``train/``, ``wiki.valid.txt``): cut 90 / 5 / 5 they would be mixed.
     """
     if source == BUNDLED:
         text = split(bundled_text())
@@ -104,6 +124,8 @@ def open_text(source: str | Path) -> Corpus:
         )
     if path.is_dir():
         return _folder(path)
+    if not path.is_file():  # it would have to be read several times
+        raise ValueError(f"text: expected a file or a folder, got {source}, which is neither; write the text to a file first")
     with closing(_blocks(path)) as blocks:
         if not any(block.strip() for block in blocks):
             raise ValueError(f"text: {path}: expected text, got an empty file")
@@ -165,9 +187,14 @@ def parts(blocks: Iterable[str], size: int) -> Iterator[str]:
 def _folder(folder: Path) -> Corpus:
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in _SUFFIXES and p.name.split(".")[0] in SPLITS)
     if not files:
-        files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in _SUFFIXES and not p.name.startswith("."))
+        files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in _SUFFIXES and not _hidden(p, folder))
         if not files:
             raise ValueError(f"text: expected files that end in {', '.join(_SUFFIXES)} in {folder}, got none")
+        if named := [p.relative_to(folder).as_posix() for p in files if _names_a_split(p, folder)]:
+            raise ValueError(
+                f"text: expected train.txt, valid.txt and test.txt in {folder}, got split names in {', '.join(named[:3])}"
+                f"{', ...' if len(named) > 3 else ''}; name the files so, or build each folder by itself"
+            )
         return Corpus(str(folder), lambda: f"folder:{_sha256(files)}", lambda name: _shares(files, name), "text8")
     of: dict[str, Path] = {}
     for file in files:
@@ -183,6 +210,15 @@ def _folder(folder: Path) -> Corpus:
 
     names = ",".join(of)
     return Corpus(str(folder), lambda: f"splits:{names}:{_sha256(files)}", read, "text8")
+
+
+def _hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def _names_a_split(file: Path, folder: Path) -> bool:
+    *folders, name = (part.lower() for part in file.relative_to(folder).parts)
+    return not _SPLIT_NAMES.isdisjoint([*folders, *name.split(".")])
 
 
 def _shares(files: list[Path], name: str) -> Iterator[Iterable[str]]:

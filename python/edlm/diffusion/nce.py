@@ -139,7 +139,9 @@ def nce_batch(
     rows, offsets = max(1, _HEAD_BYTES // (4 * proposal.vocab_size)), offsets.expand(batch)
     for at in (xt == mask).nonzero().split(rows):
         b, i = at.unbind(1)
-        logits = proposal.head(output[b, i]) if offers_head(proposal) else output[b, i]
+        # Also under autocast: log mu is a sum of about a thousand terms, and bfloat16 logits would cost it as much as energies differ.
+        with torch.autocast(x0.device.type, enabled=False):
+            logits = proposal.head(output[b, i].float()) if offers_head(proposal) else output[b, i]
         drawn = sample_categorical(logits, num_negatives, position=i, forbidden=mask, seed=seeds[b], offset=offsets[b])
         candidates[b, 1:, i], log_p[b, 1:, i] = drawn.tokens, drawn.log_probs
         log_p[b, 0, i] = gather_log_probs(logits, x0[b, i], forbidden=mask)

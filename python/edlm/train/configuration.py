@@ -29,12 +29,6 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if self.preset is not None:
             preset(self.preset)
-        if self.kind == "nce_energy":
-            given = [name for name in ("preset", "dim", "num_layers", "num_heads") if getattr(self, name) is not None]
-            if given:
-                raise ValueError(
-                    f"{given[0]}: expected none with kind 'nce_energy', which has its proposal's sizes; leave it out"
-                )
         for name in ("dim", "num_layers", "num_heads", "cond_dim"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number >= 1, got {getattr(self, name)}")
@@ -120,7 +114,8 @@ class NceSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class SystemSpec:
-    """[system]: how a run computes. None of it changes what is computed but for rounding, ``micro_batch_size`` with dropout excepted.
+    """[system]: how a run computes. None of it changes what is computed but for rounding; of dropout, ``micro_batch_size`` and
+    ``compile`` change which units are dropped.
 
     ``micro_batch_size``: rows that go through the network at once; the gradients of a batch are added up, and processes share its
     micro-batches. Dropout masks belong to a micro-batch, so with one size they are the same for any number of processes. None is the
@@ -214,6 +209,16 @@ class TrainConfig:
             raise ValueError(
                 "nce.start: expected the folder of a trained model with kind 'causal_lm', and none with 'nce_energy'"
             )
+        if self.nce is not None:
+            # A network that is there has its sizes: others would be recorded, and not be so.
+            plain = ModelSpec(kind="dit")
+            names = ("preset", "dim", "num_layers", "num_heads", "cond_dim", "time_conditioning")
+            given = [name for name in names if getattr(self.model, name) != getattr(plain, name)]
+            if given:
+                raise ValueError(
+                    f"model.{given[0]}: expected none with a table [nce], whose networks have their sizes, got "
+                    f"{getattr(self.model, given[0])}; leave it out"
+                )
         if self.nce is not None and self.nce.carry_over and self.model.kind == "nce_energy":
             raise ValueError("nce.carry_over: expected kind 'causal_lm' with it, got 'nce_energy'")
         micro = self.system.micro_batch_size

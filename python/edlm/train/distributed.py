@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -46,15 +47,27 @@ class World:
         if self.size == 1:
             return work()
         outcome: list[Any] = [None, None]
+        mine: Exception | None = None
         if self.rank == 0:
             try:
                 outcome[0] = work()
             except Exception as error:
-                outcome[1] = error
+                mine, outcome[1] = error, _portable(error)
         dist.broadcast_object_list(outcome, src=0)
+        if mine is not None:
+            raise mine
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or what can be said of it where it does not survive the way to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 @contextlib.contextmanager
@@ -101,7 +114,7 @@ class Shared:
             mesh = init_device_mesh(world.device.type, (world.size,))
             for block in blocks:
                 fully_shard(block, mesh=mesh)
-            # NOTE: by default a root keeps its whole parameters after a forward pass, which would outlive a change of the weights.
+            # A root that kept its whole parameters after a forward pass would not see the weights change: EMA.in_place.
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
             self.wrapped: nn.Module = module
         elif world.size > 1:

@@ -59,7 +59,8 @@ class Run:
             nats, bits = line.get("valid_loss"), line.get("valid_bits")
             if _is_number(nats) and _is_number(bits) and nats > 0 and bits > 0:
                 return nats / math.log(2) / bits
-        return 1.0 if self.config.get("data", {}).get("tokenizer") == "text8" else None
+        data = self.config.get("data")
+        return 1.0 if isinstance(data, dict) and data.get("tokenizer") == "text8" else None
 
     def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """(indices of lines, values) where ``key`` is a finite number."""
@@ -86,7 +87,10 @@ class Run:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def read_run(path: str | Path) -> Run:
@@ -107,6 +111,8 @@ def read_run(path: str | Path) -> Run:
     for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
+            if not _is_number(line["step"]):
+                raise ValueError("step: expected a number")
             lines[int(line["step"])] = lines.get(int(line["step"]), {}) | line
         except (ValueError, KeyError, TypeError):
             damaged += 1
@@ -340,17 +346,20 @@ def _draw(panels: Sequence[_Panel], series: Sequence[_Series], x_label: str, tit
                 color="0.35",
             )
         _limit(axes, panel, drawn)
-        axes.set_title(panel.title, loc="left", fontsize=11)
-        axes.set(xlabel=x_label, ylabel=panel.unit)
+        axes.set_title(panel.title, loc="left", fontsize=11, parse_math=False)  # a "$" in a name is no mathematics
+        axes.set(xlabel=x_label)
+        axes.set_ylabel(panel.unit, parse_math=False)
         if not x_label.startswith("hours"):
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(color="0.9", linewidth=0.7)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     handles = [Line2D([], [], color=s.colour, linestyle=s.line, linewidth=2, label=s.label) for s in series]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 3 * columns), frameon=False)
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 3 * columns), frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     if title:
-        figure.suptitle(title, fontsize=13)
+        figure.suptitle(title, fontsize=13, parse_math=False)
     return figure
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -87,12 +88,14 @@ class Record:
 
     def valid_loss(self, done: int) -> float | None:
         """What the validation of this very step said, to find the best checkpoint by."""
-        return self._valid[1] if self._valid is not None and self._valid[0] == done else None
+        if self._valid is None or self._valid[0] != done or not math.isfinite(self._valid[1]):
+            return None
+        return self._valid[1]
 
     def write(self, done: int) -> None:
-        if self._line and self.metrics is not None:
-            self.metrics.write(done, **self._line)
-        self._line = {}
+        line, self._line = self._line, {}
+        if line:
+            self.world.first(lambda: self.metrics is not None and self.metrics.write(done, **line))
 
     def paused(self) -> AbstractContextManager[None]:
         """Validation, saving: time that no rate counts."""

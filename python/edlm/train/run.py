@@ -32,7 +32,6 @@ _STEP = re.compile(r"step_(\d+)")
 # What may differ when a run goes on: it says how to compute and what to show, and no number of the run depends on it but by rounding.
 _FREE = (
     "system.parallel",
-    "system.compile",
     "system.activation_checkpointing",
     "logging",
     "log_every",
@@ -229,7 +228,11 @@ def export_best(out: Path, model: Any, ema: EMA, tokenizer: dict[str, Any] | Non
         best = _best(paths)
         if best is None or best == paths[0]:
             return None
-        return checkpoint.verify(best)[0], checkpoint.kind_of(best)
+        try:
+            return checkpoint.verify(best)[0], checkpoint.kind_of(best)
+        except ValueError as error:
+            print(f"edlm: {error}; no {out / 'best'} is written", file=sys.stderr)
+            return None
 
     found = world.first(find)
     if found is None:

@@ -72,8 +72,8 @@ def _made(spec: DataSpec, tokenizer: Any, place: Path, *, progress: bool) -> Non
     for name in ("train", "valid"):
         if begun and _source(place / name) not in (None, f"{corpus.identity}/{name}"):
             raise ValueError(
-                f"data.text: expected the text that {place.parent} was trained on so far, got another under the same name; bring it back, "
-                "or choose another folder"
+                f"data.text: expected the text that {place.parent} was trained on so far, got another under the same name; "
+                "bring it back, or choose another folder"
             )
         try:
             pack(

@@ -9,6 +9,7 @@ has to be stored, and any number of processes computes the same batch.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -184,6 +185,7 @@ def _model(config: TrainConfig, text: TrainingText, networks: dict[str, Any]) ->
     elif config.nce is not None:
         model = networks["start"].requires_grad_(True)
         if config.model.dropout is not None:
+            model.config = dataclasses.replace(model.config, dropout=config.model.dropout)
             for block in model.transformer.blocks:
                 block.dropout = config.model.dropout
     else:
@@ -256,7 +258,7 @@ def _agree(world: World, totals: torch.Tensor, interrupted: bool, step: int, ste
 def _not_finite(what: str, step: int, out: Path) -> str:
     kept = run.checkpoints(out)
     last = f"the last good checkpoint is {kept[0]}" if kept else "no checkpoint had been written yet"
-    return f"step {step}: the {what} is not finite; lower optim.lr, or look for bad data; {last}"
+    return f"step {step}: the {what} is not finite; lower optim.lr, in a new folder, or look for bad data; {last}"
 
 
 def _validate(shared: Shared, objective: Objective, text: TrainingText, world: World) -> dict[str, Estimate]:
