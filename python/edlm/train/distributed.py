@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..eval import Estimate
@@ -85,12 +87,23 @@ def joined(device: torch.device | str | None) -> Iterator[World]:
         torch.cuda.set_device(device)
     mine = not dist.is_initialized()
     if mine:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        _meet("nccl" if device.type == "cuda" else "gloo")
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)
     finally:
         if mine:
             dist.destroy_process_group()
+
+
+def _meet(backend: str) -> None:
+    """As ``init_process_group(backend)`` under torchrun, in a corner of its store that no earlier attempt has used.
+
+    NOTE: after a restart the store still holds what the dead processes wrote. Whoever reads an old address before it is overwritten waits
+    for a port where nobody listens, until a timeout of half an hour: seen with torch 2.13 and gloo.
+    """
+    store, rank, size = next(rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's way to tell
+    dist.init_process_group(backend, store=dist.PrefixStore(f"edlm/{attempt}/{size}", store), rank=rank, world_size=size)
 
 
 class Shared:
