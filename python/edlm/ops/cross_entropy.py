@@ -10,17 +10,8 @@ import math
 
 import torch
 
-from ._library import (
-    check_invalid,
-    check_logits,
-    check_tensor,
-    define_op,
-    first_of,
-    forbidden_ids,
-    refuse_forward_mode,
-    register_backward,
-)
-from .linear import _fold, _grad, _product
+from ._library import check_invalid, check_tensor, define_op, first_of, register_backward
+from .linear import _fold, _grad, _product, check_linear
 
 # A chunk of whole rows of logits. Larger than linear.py's: each one reads the weight three times.
 _CHUNK_BYTES = 64 << 20
@@ -170,24 +161,12 @@ def linear_cross_entropy(
     Source: the gradient beside the loss, as in Hsu et al., arXiv 2410.10989 (fused linear cross-entropy).
     """
     name = "linear_cross_entropy"
-    check_logits(name, hidden, "[N, D]", argument="hidden", may_be_empty=True)
-    check_logits(name, weight, "[V, D]", argument="weight", may_be_empty=True)
-    if weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0:
-        raise ValueError(
-            f"{name}: weight: expected the shape [V, D] with V >= 1 and D = {hidden.shape[1]}, got {list(weight.shape)}"
-        )
-    check_tensor(name, "weight", weight, weight.dtype, tuple(weight.shape), hidden.device)
-    check_tensor(name, "tokens", tokens, torch.int64, (hidden.shape[0],), hidden.device)
+    ids = check_linear(name, hidden, weight, tokens, bias, forbidden)
     if row_weight is None:
         row_weight = torch.ones(hidden.shape[0], device=hidden.device)
     check_tensor(name, "row_weight", row_weight, torch.float32, (hidden.shape[0],), hidden.device)
     if row_weight.requires_grad:
         raise ValueError(f"{name}: row_weight: expected one without a gradient, got one that requires it; take linear_log_probs")
-    if bias is not None:
-        check_logits(name, bias, "[V]", argument="bias", may_be_empty=True)
-        check_tensor(name, "bias", bias, bias.dtype, (weight.shape[0],), hidden.device)
-    refuse_forward_mode(name, hidden, weight, bias)
-    ids = forbidden_ids(name, forbidden, weight.shape[0], hidden.device)
     on = torch.is_grad_enabled()
     needs = [on and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     loss, _, _, _, invalid = _op(hidden, weight, tokens.contiguous(), row_weight.contiguous(), bias, ids, needs)

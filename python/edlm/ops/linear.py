@@ -204,6 +204,30 @@ def _linear_vjp(ctx, grad, _grad_stats, _grad_invalid):  # noqa: ANN001, ANN202
 register_backward("linear_log_probs", _linear_vjp, _linear_setup)
 
 
+def check_linear(
+    name: str,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    tokens: torch.Tensor,
+    bias: torch.Tensor | None,
+    forbidden: int | list[int] | torch.Tensor | None,
+) -> torch.Tensor:
+    """The forbidden ids as int64 [F], after everything was found to fit."""
+    check_logits(name, hidden, "[N, D]", argument="hidden", may_be_empty=True)
+    check_logits(name, weight, "[V, D]", argument="weight", may_be_empty=True)
+    if weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"{name}: weight: expected the shape [V, D] with V >= 1 and D = {hidden.shape[1]}, got {list(weight.shape)}"
+        )
+    check_tensor(name, "weight", weight, weight.dtype, tuple(weight.shape), hidden.device)
+    check_tensor(name, "tokens", tokens, torch.int64, (hidden.shape[0],), hidden.device)
+    if bias is not None:
+        check_logits(name, bias, "[V]", argument="bias", may_be_empty=True)
+        check_tensor(name, "bias", bias, bias.dtype, (weight.shape[0],), hidden.device)
+    refuse_forward_mode(name, hidden, weight, bias)
+    return forbidden_ids(name, forbidden, weight.shape[0], hidden.device)
+
+
 def linear_log_probs(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -232,19 +256,7 @@ def linear_log_probs(
         ValueError: wrong shapes, dtypes or devices; an id outside 0 .. V-1.
     """
     name = "linear_log_probs"
-    check_logits(name, hidden, "[N, D]", argument="hidden", may_be_empty=True)
-    check_logits(name, weight, "[V, D]", argument="weight", may_be_empty=True)
-    if weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0:
-        raise ValueError(
-            f"{name}: weight: expected the shape [V, D] with V >= 1 and D = {hidden.shape[1]}, got {list(weight.shape)}"
-        )
-    check_tensor(name, "weight", weight, weight.dtype, tuple(weight.shape), hidden.device)
-    check_tensor(name, "tokens", tokens, torch.int64, (hidden.shape[0],), hidden.device)
-    if bias is not None:
-        check_logits(name, bias, "[V]", argument="bias", may_be_empty=True)
-        check_tensor(name, "bias", bias, bias.dtype, (weight.shape[0],), hidden.device)
-    refuse_forward_mode(name, hidden, weight, bias)
-    ids = forbidden_ids(name, forbidden, weight.shape[0], hidden.device)
+    ids = check_linear(name, hidden, weight, tokens, bias, forbidden)
     out, _, invalid = _linear(hidden, weight, tokens.contiguous(), bias, ids)
     last = weight.shape[0] - 1
     check_invalid(name, invalid, lambda row, value: f"tokens: expected ids in 0 .. {last}, got {value} in row {row}", tokens)

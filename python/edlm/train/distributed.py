@@ -98,8 +98,8 @@ def joined(device: torch.device | str | None) -> Iterator[World]:
 def _meet(backend: str) -> None:
     """As ``init_process_group(backend)`` under torchrun, in a corner of its store that no earlier attempt has used.
 
-    NOTE: after a restart the store still holds what the dead processes wrote. Whoever reads an old address before it is overwritten waits
-    for a port where nobody listens, until a timeout of half an hour: seen with torch 2.13 and gloo.
+    NOTE: after a restart the store still holds what the dead processes wrote. Whoever reads an old address before it is overwritten
+    waits for a port where nobody listens, until a timeout of half an hour: seen with torch 2.13 and gloo.
     """
     store, rank, size = next(rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's way to tell
