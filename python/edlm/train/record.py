@@ -17,7 +17,7 @@ from .configuration import TrainConfig
 from .distributed import World
 from .logging import Metrics, Progress, open_sinks
 from .objectives import Objective
-from .text import TrainingText
+from .training_text import TrainingText
 from .throughput import Peak, peak_flops
 
 

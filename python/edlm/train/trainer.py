@@ -33,7 +33,7 @@ from .ema import EMA
 from .objectives import Objective, objective_for
 from .optim import Optimizer
 from .record import Record
-from .text import TrainingText
+from .training_text import TrainingText
 
 
 class Interrupted(Exception):

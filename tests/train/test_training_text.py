@@ -10,7 +10,7 @@ import torch
 from edlm.data import CharTokenizer, open_text, open_tokens, pack
 from edlm.train import train
 from edlm.train.distributed import World
-from edlm.train.text import TrainingText
+from edlm.train.training_text import TrainingText
 from tiny_run import WORDS, assert_same_weights, tiny_config, write_text
 
 ALONE = World(0, 1, torch.device("cpu"))
