@@ -17,8 +17,8 @@ from .configuration import TrainConfig
 from .distributed import World
 from .logging import Metrics, Progress, open_sinks
 from .objectives import Objective
-from .training_text import TrainingText
 from .throughput import Peak, peak_flops
+from .training_text import TrainingText
 
 
 class Record:
