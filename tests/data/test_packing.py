@@ -282,6 +282,7 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[2])
 from edlm.data import pack
 from fake_tokenizers import FakeTokenizer
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where tests run in a shell's background
 def documents():
     yield "x" * 3_000_000
     os.kill(os.getpid(), signal.SIGKILL)
@@ -327,7 +328,7 @@ except KeyboardInterrupt:
 
 def test_an_interrupt_is_not_lost():
     """One that comes while a process is started is raised right afterwards."""
-    waited = []
+    waited, found = [], signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where tests run in the background
 
     def start():
         with packing._interrupts_wait():
@@ -336,6 +337,7 @@ def test_an_interrupt_is_not_lost():
 
     with pytest.raises(KeyboardInterrupt):
         start()
+    signal.signal(signal.SIGINT, found)
     assert waited and signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
