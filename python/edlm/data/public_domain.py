@@ -264,6 +264,7 @@ def _split(paragraphs: list[str]) -> dict[str, list[str]]:
 # --- The corpus -----------------------------------------------------------------------------------------------------------
 
 
+# The public addresses of Debian's and npm's packages, pinned by checksum; ``mirrors`` replaces them where they are out of reach.
 def _debian(name: str, version: str, sha256: str) -> Package:
     return Package(f"https://deb.debian.org/debian/pool/main/s/{name}/{name}_{version}_all.deb", sha256)
 

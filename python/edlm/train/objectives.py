@@ -6,6 +6,7 @@ how they are shared.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ class Rows(NamedTuple):
     times: torch.Tensor  # float64 [B]
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """``terms(rows, step) -> [1 + k]``: sums over rows, the loss in front (differentiable) and ``figures`` behind it.
 
     ``per``: what the loss is a mean over, "token" or "row". Calling the module calls a function where the model's parameters are whole
@@ -58,12 +59,12 @@ class Objective(nn.Module):
         )
         return Rows(x0, spec.seed + torch.arange(first, last, device=x0.device), times[first:last])
 
-    def terms(self, rows: Rows, step: int) -> torch.Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def terms(self, rows: Rows, step: int) -> torch.Tensor: ...
 
+    @abstractmethod
     def validate(self, x0: torch.Tensor, seeds: torch.Tensor) -> dict[str, Estimate]:
         """Estimates of held-out rows under fixed draws, the one to minimise first."""
-        raise NotImplementedError
 
     def flops_per_token(self, length: int) -> float:
         """Of forward and backward, for one token of the text: ``throughput.flops_per_token``."""
