@@ -141,6 +141,50 @@ def pick_law(mu: torch.Tensor, energy: torch.Tensor, num_candidates: int, temper
     return law
 
 
+def transition(
+    universe: Universe,
+    states: dict[State, float],
+    completion: Callable[[State], torch.Tensor],
+    opens: float,
+    *,
+    among: tuple[int, ...] | None = None,
+    remask: float = 0.0,
+    fixed: tuple[int, ...] = (),
+) -> dict[State, float]:
+    """One step of mass over states, by enumeration. ``completion(xt)`` [S] is the law of x0, or any measure, from which what opens is taken.
+
+    Positions ``among`` (all of them by default) open with probability ``opens`` where they are masked, and become masked with
+    probability ``remask`` where they are clean and not ``fixed``.
+    """
+    among = tuple(range(universe.length)) if among is None else among
+    following: dict[State, float] = defaultdict(float)
+    for xt, mass in states.items():
+        changes = [i for i in among if xt[i] == universe.mask or (remask > 0 and i not in fixed)]
+        law = completion(xt)
+        for pattern in itertools.product([False, True], repeat=len(changes)):
+            probability = [opens if xt[i] == universe.mask else remask for i in changes]
+            weight = mass * math.prod(p if change else 1 - p for p, change in zip(probability, pattern, strict=True))
+            if weight == 0:
+                continue
+            changed = [i for i, change in zip(changes, pattern, strict=True) if change]
+            for row, p in enumerate(law.tolist()):
+                if p > 0:
+                    xs = list(xt)
+                    for i in changed:
+                        xs[i] = int(universe.sequences[row, i]) if xt[i] == universe.mask else universe.mask
+                    following[tuple(xs)] += weight * p
+    return dict(following)
+
+
+def law_of_states(universe: Universe, states: dict[State, float]) -> torch.Tensor:
+    """[S]: the mass of each sequence; no state may hold a mask."""
+    result = torch.zeros(len(universe.sequences), dtype=torch.float64)
+    for xt, mass in states.items():
+        assert universe.mask not in xt
+        result[universe.index(torch.tensor(xt))] += mass
+    return result
+
+
 def generate_law(
     universe: Universe, completion: Callable[[State, float], torch.Tensor], times: list[float], start: State | None = None
 ) -> torch.Tensor:
@@ -149,30 +193,10 @@ def generate_law(
     ``completion(xt, t)`` is the law of x0 from which the step at t takes the tokens that open. Log-linear schedule, eps = 0: a masked
     position opens in t -> s with probability (t - s) / t.
     """
-    start = start or (universe.mask,) * universe.length
-    states: dict[State, float] = {start: 1.0}
+    states: dict[State, float] = {start or (universe.mask,) * universe.length: 1.0}
     for t, s in itertools.pairwise(times):
-        following: dict[State, float] = defaultdict(float)
-        opens = (t - s) / t
-        for xt, mass in states.items():
-            masked = [i for i, token in enumerate(xt) if token == universe.mask]
-            law = completion(xt, t)
-            for pattern in itertools.product([False, True], repeat=len(masked)):
-                weight = mass * math.prod(opens if is_open else 1 - opens for is_open in pattern)
-                if weight == 0:
-                    continue
-                opened = [i for i, is_open in zip(masked, pattern, strict=True) if is_open]
-                for row, p in enumerate(law.tolist()):
-                    if p > 0:
-                        xs = list(xt)
-                        for i in opened:
-                            xs[i] = int(universe.sequences[row, i])
-                        following[tuple(xs)] += weight * p
-        states = dict(following)
-    result = torch.zeros(len(universe.sequences), dtype=torch.float64)
-    for xt, mass in states.items():
-        result[universe.index(torch.tensor(xt))] += mass
-    return result
+        states = transition(universe, states, lambda xt, t=t: completion(xt, t), (t - s) / t)
+    return law_of_states(universe, states)
 
 
 def total_variation(p: torch.Tensor, q: torch.Tensor) -> float:

@@ -43,6 +43,9 @@ class EnergyModel(Protocol):
     ``x0`` int64 [B, K, L]: candidates, equal to ``xt`` where ``xt`` is not masked. ``xt`` int64 [B, L]; ``t`` float [B].
     ``log_p`` float32 [B, K, L]: log mu of each candidate's token under the untempered, unfiltered proposal, 0 at clean positions.
     Returns energy float [B, K] in nats.
+
+    An energy model may also offer ``score(x0, xt, t, log_p, *, masked) -> energy``, equal to the call, for those who know on the host
+    which positions of xt are masked (bool [B, L] on the CPU), and ``vocab_size``: the ids 0 .. vocab_size - 1 are read, or None.
     """
 
     def __call__(self, x0: torch.Tensor, xt: torch.Tensor, t: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor: ...
@@ -50,11 +53,25 @@ class EnergyModel(Protocol):
 
 @runtime_checkable
 class CausalLM(Protocol):
-    """An autoregressive model, as an energy or a judge sees it."""
+    """An autoregressive model, as an energy or a judge sees it.
+
+    A causal LM may also offer a KV cache: ``extend(inputs, cache=None, *, keep=True) -> (hidden, cache)`` reads the next inputs, int64
+    [N, M], behind what the cache holds (the first input of all is ``bos_token_id``) and returns rows [N, M, D], of which row m predicts
+    the token behind input m, and the longer cache (anything where ``keep`` is False). The cache it was given stays valid; it has
+    ``rows(index) -> cache`` for int64 [N], rows repeated included. ``head(hidden_rows [N, D]) -> [N, V]`` gives the logits whose
+    log-softmax ``log_probs`` scores; where it is one linear layer it may be offered as ``output_layer`` too, as a denoiser's. An
+    energy then reads what K candidates have in common once. ``vocab_size``: the ids 0 .. vocab_size - 1 are read.
+    """
 
     def log_probs(self, x0: torch.Tensor) -> torch.Tensor:
         """log p(x_i | x_<i), natural log: int64 [N, L] -> float32 [N, L]. Every token is scored, the first one included."""
         ...
+
+
+def offers_cache(causal_lm: CausalLM) -> bool:
+    """Whether the model reads on behind a cache: ``extend``, ``head`` and an int ``bos_token_id``."""
+    parts = (getattr(causal_lm, name, None) for name in ("extend", "head"))
+    return all(map(callable, parts)) and isinstance(getattr(causal_lm, "bos_token_id", None), int)
 
 
 @runtime_checkable

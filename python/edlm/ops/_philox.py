@@ -25,6 +25,8 @@ class Purpose(IntEnum):
     OPEN = 3  # opening times: (position, 0, 0)
     CORRUPT = 4  # q_sample: (position, 0, offset)
     TIME = 5  # the diffusion time of a training or evaluation example: (0, 0, offset)
+    REMASK = 6  # what opens and what is masked again in a step of a remasking sampler: (position, 0, offset)
+    PARTICLE = 7  # the seeds of a sequence's particles: (0, particle, 0)
 
 
 def philox4x32(

@@ -1,4 +1,4 @@
-"""The decode loop, the only one: denoise, propose, energy, select, reverse.
+"""The decode loop, the only one: every sampler is a plan of what opens when, and what becomes of the candidates in between.
 
 Source: Xu et al., arXiv 2410.21357, Algorithm 1. What is skipped, and why that changes nothing: steps and sequences in which nothing
 opens (their output would not be used), rows that do not open outside the energy window (nobody reads their tokens).
@@ -6,65 +6,27 @@ opens (their output would not be used), rows that do not open outside the energy
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable
 
 import torch
 from tqdm import tqdm
 
 from ..diffusion import LogLinearSchedule, MaskedDiffusion, NoiseSchedule
-from ..ops import deferred_checks, reverse_step, select_candidate
-from ..ops._philox import expand_seed
+from ..ops import deferred_checks
 from ..protocols import Denoiser, EnergyModel
-from .propose import denoise, propose
-from .steps import ancestral, first_hitting
-
-SAMPLERS = ("ancestral", "first_hitting")
-
-
-@dataclass(frozen=True, eq=False)
-class SampleOutput:
-    """What was generated, and what it took. S is the number of steps at which something opened; NaN where a sequence had no part."""
-
-    tokens: torch.Tensor  # int64 [B, L], no mask left
-    nfe: int  # denoiser calls; each may serve many sequences
-    energy_nfe: int  # energy calls
-    ess: torch.Tensor  # float32 [S, B], effective sample size in 1 .. K, where the energy was used
-    log_Z: torch.Tensor  # float32 [S, B], log of the mean weight there: a lower bound of log Z(xt) in expectation
-    step_times: torch.Tensor  # float64 [S, B], the t of each step
-    history: torch.Tensor | None  # int64 [S + 1, B, L]: the start and every state after a step, if asked for
-    stage_seconds: dict[str, float] = field(default_factory=dict)  # host time a stage; on CUDA that is launches, not execution
-
-
-class _Stages:
-    """Profiler ranges of the five stages, and the host's time in each."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.seconds = dict.fromkeys(("denoise", "propose", "energy", "select", "reverse"), 0.0)
-        self.cuda = device.type == "cuda"
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        nvtx = torch.cuda.nvtx.range(name) if self.cuda else contextlib.nullcontext()
-        with torch.profiler.record_function(name), nvtx:
-            yield
-        self.seconds[name] += time.perf_counter() - start
-
-
-@contextlib.contextmanager
-def _evaluating(*networks: object) -> Iterator[None]:
-    """Dropout off while sampling: a proposal in train mode is another proposal. The mode found is restored."""
-    training = [m for n in networks if isinstance(n, torch.nn.Module) for m in n.modules() if m.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+from . import arguments as check
+from .choose import Scorer
+from .cuda_graph import Replayed
+from .ends import Ends
+from .evaluating import evaluating
+from .propose import Proposal
+from .reverse import Move, Names, Reverse
+from .sample_output import Record, SampleOutput, StepReport
+from .smc import Population
+from .stages import Stages
+from .steps import Plan
+from .upload import upload
 
 
 def generate(
@@ -73,220 +35,197 @@ def generate(
     batch_size: int | None = None,
     length: int | None = None,
     prompt: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
     steps: int | None = None,
     energy: EnergyModel | None = None,
-    num_candidates: int | None = None,
-    window: tuple[float, float] = (0.8, 1.0),
+    num_candidates: int | str | None = None,
+    window: tuple[float, float] | str = (0.8, 1.0),
     energy_temperature: float = 1.0,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
     sampler: str = "ancestral",
+    remask_prob: float | None = None,
+    block_length: int | None = None,
+    context_length: int | None = None,
+    stop_token_id: int | None = None,
+    pad_token_id: int | None = None,
+    num_particles: int = 1,
+    resample_threshold: float = 0.5,
+    resample_scheme: str = "systematic",
+    ess_target: float = 4.0,
+    max_candidates: int = 32,
+    window_ess: float = 0.95,
+    energy_rows: int | None = None,
     schedule: NoiseSchedule | None = None,
     seed: int | torch.Tensor = 0,
     device: torch.device | str | None = None,
+    compact: bool = True,
+    cuda_graph: bool = False,
     return_history: bool = False,
+    on_step: Callable[[StepReport], None] | None = None,
     progress: bool = False,
 ) -> SampleOutput:
     """Decode sequences from a masked-diffusion proposal, corrected by an energy through parallel importance sampling.
 
     In a step t -> s with lo < t <= hi, K candidates x0 ~ mu(. | xt) are drawn from one denoiser call, scored in one energy call,
-    and one is picked with probability softmax(-E / energy_temperature); outside the window x0 ~ mu. Positions whose opening time is
-    at least s then take their token from it. As K grows the step tends to p(x0 | xt) = mu exp(-E) / Z; the bias at finite K is
-    O(1 / K). K = 1, an empty window or no energy is plain masked diffusion, bitwise under the same seed.
+    and one is picked with probability softmax(-E / energy_temperature); outside the window x0 ~ mu. Positions that open between t and
+    s then take their token from it. As K grows the step tends to p(x0 | xt) = mu exp(-E) / Z; the bias at finite K is
+    O(1 / K). K = 1, an empty window or no energy is plain masked diffusion, bitwise under the same seed. Each sequence keeps its own
+    clock, so a batch costs min(T, L) denoiser calls at most.
 
-    Args:
+    What to decode:
         denoiser: any ``edlm.protocols.Denoiser``. With ``hidden`` and ``head`` the head runs on the rows that are drawn only.
         batch_size, length: how many sequences, of how many tokens, all masked at the start. Or
         prompt: int64 [B, L] with the denoiser's mask wherever text is wanted: at the end, in the middle, anywhere.
-        steps: T >= 1, for the ancestral sampler: t_i = 1 - i/T. At s = 0 everything still masked opens.
-        energy: any ``edlm.protocols.EnergyModel``; low energy is good.
-        num_candidates: K >= 1; 1 without an energy, 8 with one.
-        window: (lo, hi) within [0, 1]: the energy is used iff lo < t <= hi. (0, 1) is always, (1, 1) never.
-        energy_temperature: > 0 usually; 0 picks the lowest energy, inf ignores it.
-        temperature, top_k, top_p, min_p: of the proposal, as in ``edlm.ops.sample_candidates``. The importance weights are corrected
-            by log mu - log proposal, so that the target stays mu exp(-E) on the support that the filters leave.
-        sampler: "ancestral", or "first_hitting": one position at a time, each at its own time, without a grid (steps is then None).
+        lengths: int64 [B], where sequences are to end before L. No network sees what lies behind: those of one length go through it
+            together, those of different lengths in separate calls.
+        stop_token_id: a sequence ends with the first such token that is generated (a prompt's do not count). Steps that could change
+            nothing before it are left out: on a CPU at once, on a GPU, where looking waits for the device, from block to block.
+        pad_token_id: what is behind the end in the output; the stop token if left out.
+
+    In which order:
+        sampler: "ancestral", on the grid t_i = 1 - i/T. "first_hitting": one position at a time, each at its own time, without a grid.
+            "remasking" (ReMDM): the grid, on which open positions become masked again with probability up to ``remask_prob``
+            (default 0.02) a step. "left_to_right": one position at a time, as ``sample_autoregressive`` does.
+        steps: T >= 1, for the samplers with a grid (of every block). At s = 0 everything still masked opens.
+        block_length: decode in blocks of so many columns from the left, each by a run of the sampler of its own from t = 1 to 0
+            (semi-autoregressive). context_length: the networks see so many columns, up to the end of the block or further where it
+            is near the start; a denoiser's ``max_length``, or all, if left out. So texts longer than the training length are made.
         schedule: of the opening times; log-linear (the default) opens positions uniformly in t.
-        seed: an int s (sequence b uses s + b) or int64 [B]. A sequence's result depends on its own seed and prompt alone.
+
+    The energy:
+        energy: any ``edlm.protocols.EnergyModel``; low energy is good.
+        num_candidates: K >= 1; 1 without an energy, 8 with one. "auto": the smallest of 2, 4, 8, .. ``max_candidates`` at which the
+            ESS reaches ``ess_target``, for each sequence and step. NOTE: to stop where the weights look even favours candidates
+            that look alike, so the law at a finite cap is biased otherwise than that of a fixed K; it tends to the target as the
+            ESS target grows.
+        window: (lo, hi) within [0, 1]: the energy is used iff lo < t <= hi. (0, 1) is always, (1, 1) never. "auto": from t = 1
+            on, until a sequence's ESS first reaches ``window_ess`` x K. NOTE: an ESS that is high by chance ends it too early, and one
+            that overlooks rare good candidates as well; both leave the rest to the proposal. Both autos make the host read the ESS.
+        energy_temperature: > 0 usually; 0 picks the lowest energy, inf ignores it.
+        energy_rows: at most so many completed sequences in one energy call; all of them if None.
+        num_particles: N > 1 is sequential Monte Carlo: N trajectories a sequence, weighted by the mean weight of every step, resampled
+            by ``resample_scheme`` (``edlm.ops.resample``) where their ESS falls below ``resample_threshold`` x N. One is returned,
+            chosen by weight. What this targets: ``edlm.samplers.smc``.
+
+    The proposal:
+        temperature, top_k, top_p, min_p: as in ``edlm.ops.sample_candidates``. The importance weights are corrected
+            by log mu - log proposal, so that the target stays mu exp(-E) on the support that the filters leave.
+
+    How:
+        seed: an int s (sequence b uses s + b) or int64 [B]. A sequence's result depends on its own seed, prompt and length alone.
         device: where to decode; the prompt's, else that of the denoiser's parameters, else the CPU.
-        return_history: keep every state. progress: a bar on stderr.
+        compact: pick out the sequences and rows that a step needs. False computes all of them, in one shape: the same draws.
+        cuda_graph: capture that shape as a CUDA graph, and replay it. It has never run on a GPU yet.
+        return_history: keep every state. on_step: called after every step. progress: a bar on stderr.
 
     Returns:
         SampleOutput.
 
     Raises:
-        ValueError: whatever argument does not fit, by name; a prompt without masks; NaN logits or energies.
+        ValueError: whatever argument does not fit, by name; a prompt without masks, or longer than the denoiser's ``max_length``; NaN
+            logits or energies (with step, sequence and candidate); more candidates than there is memory for (with how many fit).
 
-    RNG: opening times Philox(seed[b]; i, 0, 0, OPEN); step n draws with offset n, the index in the grid (ancestral) or of the
-    opening (first-hitting). torch's generator is neither read nor changed. Networks whose rows depend on how many rows are asked for,
-    as matrix products do in their last bits, pass such differences on.
+    RNG: opening times Philox(seed[b]; i, 0, 0, OPEN); a step draws with the offset of its index in the grid, of its opening
+    (first-hitting) or column (left-to-right), block j's grid from j T on; i is the column as the networks see it. Particles n >= 1
+    draw with seeds Philox(seed[b]; 0, n, 0, PARTICLE), also after they were resampled. torch's generator is neither read nor changed.
+    Networks whose rows depend on how many rows are asked for, as matrix products do in their last bits, pass such differences on.
     """
-    mask, vocab_size = _check_denoiser(denoiser)
-    device = _device(denoiser, prompt, device)
-    xt = _start(prompt, batch_size, length, mask, vocab_size).to(device)
-    batch, size = xt.shape
-    count = _check_decoding(steps, energy, num_candidates, window, energy_temperature, sampler)
-    proposal = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    shaped = temperature != 1 or any(value is not None for value in (top_k, top_p, min_p))
+    mask, vocab_size = check.check_denoiser(denoiser)
+    device = check.device_of(denoiser, prompt, device)
+    start = check.start_of(prompt, batch_size, length, mask, vocab_size)
+    batch, size = start.shape
+    ends = check.lengths_of(lengths, batch, size)
+    check.check_ends(stop_token_id, pad_token_id, mask, vocab_size, bool((ends < size).any()))
+    context = check.check_span(denoiser, int(ends.max()), block_length, context_length)
+    clock = check.clock_of(sampler, steps, remask_prob, schedule, -(-size // (block_length or size)))
+    low_high = check.window_of(window, window_ess)
+    check.check_energy(energy, energy_temperature, mask, vocab_size)
+    count, target = check.candidates_of(num_candidates, max_candidates, ess_target, energy)
+    check.check_particles(num_particles, resample_threshold, resample_scheme, energy, energy_temperature)
+    check.check_shape(compact, cuda_graph, device, target, window, energy_rows)
+    check.check_memory(batch * num_particles, count, min(context or size, size), device)
+    corrects = energy is not None and (count > 1 or num_particles > 1)
+    warned = corrects and low_high[0] < low_high[1] and not check.window_holds_a_step(clock, low_high)
+    if warned:
+        warnings.warn(
+            f"window: none of {steps} steps starts within {window!r}: the energy will not be used; widen it, or take more steps",
+            stacklevel=2,
+        )
 
-    seeds = expand_seed(seed, batch, "cpu")
-    diffusion = MaskedDiffusion(schedule or LogLinearSchedule(eps=0.0), mask)
-    open_time = diffusion.opening_times(seeds, batch, size)
-    masked = (xt == mask).cpu()
-    if sampler == "ancestral":
-        plan, longest = ancestral(open_time, masked, steps, window), min(steps, int(masked.sum()))
-    else:
-        plan, longest = first_hitting(open_time, masked, window), int(masked.sum(1).max())
+    seeds = check.seeds_of(seed, batch)
+    open_time = MaskedDiffusion(schedule or LogLinearSchedule(eps=0.0), mask).opening_times(seeds, batch, size)
+    wanted = (start == mask).cpu() & (torch.arange(size) < ends[:, None])
+    # Particles are rows of their own, N of them in all, with the clock of their sequence.
+    per_row = [value.repeat_interleave(num_particles, 0) for value in (open_time, wanted, seeds, ends)]
+    plan = Plan(clock, low_high, *per_row, block_length=block_length, context=context)
+    population = None
+    if num_particles > 1:
+        population = Population(seeds, num_particles, resample_threshold, resample_scheme, device)
+    draws = upload(seeds if population is None else population.seeds, device)
+    xt = start.to(device).repeat_interleave(num_particles, 0)  # a copy: the loop writes into it
 
-    stages, energy_nfe = _Stages(device), 0
-    seeds_there, open_time_there = (
-        seeds.to(device),
-        open_time.to(device),
-    )  # once: a copy of pageable memory may wait for the device
-    step_times, ess, log_z = [], [], []
-    history = [xt] if return_history else None
+    stages = Stages(device)
+    proposal = Proposal(denoiser, compact, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    scorer = Scorer(energy, count, target, energy_temperature, proposal.shaped, energy_rows, stages) if corrects else None
+    reverse = Reverse(denoiser, proposal, scorer, stages, compact)
+    advance = Replayed(reverse) if cuda_graph else reverse
+    record = Record(xt, num_particles, return_history)
+    finish = Ends(start.to(device), ends, stop_token_id, mask, early=population is None)
+    correcting = torch.full((len(xt),), corrects)  # until the ESS says otherwise, with window "auto"
+    nfe, most = 0, plan.most()
     # no_grad rather than inference_mode: what comes out may be trained on.
     # On a GPU what the ops report is read at the end: the loop waits for nothing of theirs.
-    with torch.no_grad(), _evaluating(denoiser, energy), deferred_checks(device.type == "cuda"):
-        for step in tqdm(plan, desc="decode", total=longest, disable=not progress):
-            live = step.live.to(device, non_blocking=True)
-            x, t = xt[live], step.t.to(device, torch.float32, non_blocking=True)
-            seed_live = seeds_there[live]
-            scored = step.in_window if count > 1 else torch.zeros_like(step.in_window)
+    with torch.no_grad(), evaluating(denoiser, energy), deferred_checks(device.type == "cuda"):
+        for step in tqdm(plan, desc="decode", total=most, disable=not progress):
+            step = step.only(finish.open[step.rows // num_particles])
+            if not len(step.rows):
+                continue
+            number, seen, rows = len(record.times), slice(*step.columns), upload(step.rows, device)
+            if step.remask is not None:
+                xt[rows, seen] = xt[rows, seen].masked_fill(upload(step.remask, device), mask)
+            made = step if compact else step.spread(len(xt))
+            scored = made.in_window & correcting[made.rows]
             # An energy reads whole sequences; without one only what opens is ever used.
-            active = torch.where(scored[:, None], step.masked, step.opening)
-            k = count if scored.any() else 1
+            active = torch.where(scored[:, None], made.masked, made.opening)
+            all_rows = len(made.rows) == len(xt)
+            move = Move(
+                xt=xt[:, seen] if all_rows else xt[rows, seen],
+                t=upload(made.t.float(), device),
+                seed=draws if all_rows else draws[rows],
+                offset=upload(made.offset, device),
+                opening=upload(made.opening.float(), device),
+                active=active if compact else upload(active, device),
+                scored=scored if compact else upload(scored, device),
+            )
+            names = Names(f"step {number}", made.rows, step.columns, made.masked)
+            xs, choice = advance(move, names, bool(scored.any()))
+            nfe += 1
+            if all_rows:
+                xt[:, seen] = xs
+            else:
+                xt[rows, seen] = xs
 
-            with stages("denoise"):
-                output = denoise(denoiser, x, t)
-            with stages("propose"):
-                candidates = propose(denoiser, output, x, active, k, seed=seed_live, offset=step.offset, **proposal)
-            index = torch.zeros(len(live), dtype=torch.int64, device=device)
-            step_times.append(torch.full((batch,), torch.nan, dtype=torch.float64).index_copy_(0, step.live, step.t))
-            for used in (ess, log_z):
-                used.append(torch.full((batch,), torch.nan, device=device))
-            if k > 1:
-                rows = scored.nonzero().squeeze(1).to(device, non_blocking=True)
-                x0, log_p, log_q = (c[rows] for c in (candidates.tokens, candidates.model_log_probs, candidates.log_probs))
-                with stages("energy"):
-                    value = _check_energy(energy(x0, x[rows], t[rows], log_p), len(rows), k)
-                    energy_nfe += 1
-                with stages("select"):
-                    correction = (log_p.double() - log_q.double()).sum(-1) if shaped else None
-                    selection = select_candidate(
-                        value,
-                        temperature=energy_temperature,
-                        log_correction=correction,
-                        seed=seed_live[rows],
-                        offset=step.offset,
-                    )
-                index[rows] = selection.index
-                ess[-1][live[rows]], log_z[-1][live[rows]] = selection.ess, selection.log_Z
-            with stages("reverse"):
-                s = step.s.to(device, non_blocking=True)
-                xt = xt.index_copy(0, live, reverse_step(x, candidates.tokens, index, open_time_there[live], s))
-            if history is not None:
-                history.append(xt)
-    return SampleOutput(
-        tokens=xt,
-        nfe=len(step_times),
-        energy_nfe=energy_nfe,
-        ess=torch.stack(ess),
-        log_Z=torch.stack(log_z),
-        step_times=torch.stack(step_times),
-        history=None if history is None else torch.stack(history),
-        stage_seconds=stages.seconds,
+            used = made.rows[scored]
+            if choice is not None and not compact:
+                choice = choice.only(upload(used, device))
+            used_there = upload(used, device)
+            record.add(step.rows, step.t, used_there, choice, xt)
+            if window == "auto" and choice is not None:
+                correcting[used[(choice.ess >= window_ess * choice.num_candidates).cpu()]] = False
+            if population is not None:
+                xt = xt[population.update(rows, upload(step.offset, device), used_there, choice)]
+            finish.look(xt, step.ends_block)
+            if on_step is not None:
+                on_step(record.report(step.rows, step.t, xt, most, nfe, scorer.nfe if scorer else 0))
+        if scorer is not None:
+            scorer.read()
+            if not scorer.nfe and low_high[0] < low_high[1] and not warned:
+                warnings.warn(f"window: no step started within {window!r}: the energy was not used; widen it", stacklevel=2)
+    chosen = None if population is None else population.choose()
+    tokens, lengths = finish.cut(xt if chosen is None else xt[chosen], pad_token_id)
+    return record.finish(
+        tokens, lengths, chosen, population, xt, nfe=nfe, energy_nfe=scorer.nfe if scorer else 0, stage_seconds=stages.seconds
     )
-
-
-# --- arguments --------------------------------------------------------------------------------------------------------------------
-
-
-def _check_denoiser(denoiser: Denoiser) -> tuple[int, int]:
-    for name in ("mask_token_id", "vocab_size"):
-        value = getattr(denoiser, name, None)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"denoiser: expected an int attribute {name} (edlm.protocols.Denoiser), got {value!r}")
-    if not 0 <= denoiser.mask_token_id < denoiser.vocab_size:
-        raise ValueError(
-            f"denoiser: mask_token_id: expected an id in 0 .. {denoiser.vocab_size - 1}, got {denoiser.mask_token_id}"
-        )
-    return denoiser.mask_token_id, denoiser.vocab_size
-
-
-def _device(denoiser: Denoiser, prompt: torch.Tensor | None, device: torch.device | str | None) -> torch.device:
-    if device is not None:
-        try:
-            return torch.device(device)
-        except (RuntimeError, TypeError):
-            raise ValueError(f"device: expected a torch device such as 'cpu' or 'cuda:0', got {device!r}") from None
-    if isinstance(prompt, torch.Tensor):
-        return prompt.device
-    parameter = next(denoiser.parameters(), None) if isinstance(denoiser, torch.nn.Module) else None
-    return parameter.device if parameter is not None else torch.device("cpu")
-
-
-def _start(prompt: torch.Tensor | None, batch_size: int | None, length: int | None, mask: int, vocab_size: int) -> torch.Tensor:
-    if prompt is None:
-        for name, value in (("batch_size", batch_size), ("length", length)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected an int >= 1 where there is no prompt, got {value!r}")
-        return torch.full((batch_size, length), mask, dtype=torch.int64)
-    if not isinstance(prompt, torch.Tensor) or prompt.dtype != torch.int64 or prompt.dim() != 2:
-        got = f"{prompt.dtype} {list(prompt.shape)}" if isinstance(prompt, torch.Tensor) else type(prompt).__name__
-        raise ValueError(f"prompt: expected an int64 tensor [B, L], got {got}; one sequence is prompt[None]")
-    for name, value, size in (("batch_size", batch_size, prompt.shape[0]), ("length", length, prompt.shape[1])):
-        if value is not None and value != size:
-            raise ValueError(f"{name}: the prompt has {size}, got {value}; leave {name} out")
-    outside = (prompt < 0) | (prompt >= vocab_size)
-    if outside.any():
-        raise ValueError(f"prompt: expected ids in 0 .. {vocab_size - 1}, got {int(prompt[outside][0])}")
-    if not (prompt == mask).any():
-        raise ValueError(f"prompt: expected the mask ({mask}) wherever text is wanted, got none; there is nothing to generate")
-    return prompt
-
-
-def _check_decoding(
-    steps: int | None,
-    energy: EnergyModel | None,
-    num_candidates: int | None,
-    window: tuple[float, float],
-    energy_temperature: float,
-    sampler: str,
-) -> int:
-    """The number of candidates, once everything about the loop fits."""
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
-    if sampler == "ancestral" and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-        raise ValueError(f"steps: expected an int >= 1 for the ancestral sampler, got {steps!r}")
-    if sampler == "ancestral" and steps > 2**32:
-        raise ValueError(f"steps: expected at most 2**32, where the step's word of the RNG counter ends, got {steps}")
-    if sampler == "first_hitting" and steps is not None:
-        raise ValueError(
-            f"steps: the first-hitting sampler opens one position at a time and has no grid: expected None, got {steps!r}"
-        )
-    count = num_candidates if num_candidates is not None else 1 if energy is None else 8
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"num_candidates: expected an int >= 1, got {num_candidates!r}")
-    if energy is None and count > 1:
-        raise ValueError(
-            f"num_candidates: {count} candidates need an energy to choose by, got energy=None; pass one, or leave both out"
-        )
-    try:
-        low, high = window
-    except (TypeError, ValueError):
-        raise ValueError(f"window: expected a pair (lo, hi), got {window!r}") from None
-    if not 0 <= low <= high <= 1:
-        raise ValueError(f"window: expected 0 <= lo <= hi <= 1, got {window!r}; (0, 1) is always, (1, 1) never")
-    if not energy_temperature >= 0:
-        raise ValueError(f"energy_temperature: expected a number >= 0 (0 picks the lowest energy), got {energy_temperature}")
-    return count
-
-
-def _check_energy(value: torch.Tensor, batch: int, count: int) -> torch.Tensor:
-    if not isinstance(value, torch.Tensor) or tuple(value.shape) != (batch, count) or not value.is_floating_point():
-        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-        raise ValueError(f"energy: expected a floating tensor [B, K] = [{batch}, {count}], got {got}")
-    return value
