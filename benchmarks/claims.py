@@ -1,5 +1,5 @@
-"""What the ops and a training step promise, checked against results: every claim with its limit, the measured value, and whether it
-is met.
+"""What the ops, a training step and a decode promise, checked against results: every claim with its limit, the measured value, and
+whether it is met.
 
 Medians as they are: no tolerance, no rounding before the comparison. A claim that was not measured is listed as such. A CPU and a
 GPU have claims of their own on the ops.
@@ -16,6 +16,7 @@ ROWS = ("512 x 50258", "256 x 151936")
 DTYPES = ("float32", "bfloat16", "float16")
 MEGABYTE = 1e6
 FLASHINFER = ("flashinfer sampling_from_logits, 8 times", "flashinfer sampling_from_probs, 8 times")
+DECODE = "V = 50258, L = 128, B = 1"
 GRAPH_CHECK = "replays of a graph draw what eager calls draw, and afresh"
 
 
@@ -180,6 +181,22 @@ def _loader(m: Medians) -> Iterator[Verdict]:
     yield Verdict("loader", "WindowDataset.batch: time over a training step of the small DiT", where, value, "<=", 1, " %")
 
 
+def _loop(m: Medians) -> Iterator[Verdict]:
+    """edlm.generate against the published loop: with its own energy, and with edlm's in its place."""
+    settings = ("K = 8, w = 0.2, 64 steps", "K = 8, w = 1, 64 steps", "no energy, 64 steps")
+    for where in (f"{DECODE}, {setting}" for setting in settings):
+        ours, theirs = (m.get("loop", f"end to end: {where}", None, name) for name in ("edlm", "published loop"))
+        yield Verdict("loop", "decode, end to end: published loop over edlm", where, _ratio(theirs, ours), ">=", 5)
+    for k in (2, 8, 16):
+        where = f"{DECODE}, K = {k}, w = 0.2, 64 steps"
+        ours, theirs = (m.get("loop", f"peak memory: {where}", None, name, "extra_bytes") for name in ("edlm", "published loop"))
+        value = _ratio(ours, theirs)
+        yield Verdict("loop", "decode: peak beyond the weights over the published loop", where, value, "<=", 0.2)
+    for setting in ("K = 8, w = 0.2, 1024 steps", "no energy, 1024 steps"):
+        nfe = m.get("loop", f"end to end: {DECODE}, {setting}", None, "edlm", "nfe")
+        yield Verdict("loop", "decode: calls of the denoiser", f"{DECODE}, {setting}", nfe, "<=", 128, "")
+
+
 # --- on a GPU ---------------------------------------------------------------------------------------------------------------------
 
 _LARGE = ("1024 x 50258", "8192 x 50258", "1024 x 151936", "8192 x 151936")
@@ -223,6 +240,7 @@ def _nothing(m: Medians) -> Iterator[Verdict]:
 def verdicts(results: list[dict], families: list[str], device: str = "cpu", checks: list[dict] | None = None) -> list[Verdict]:
     medians = Medians(results)
     judges = {"sampling": _sampling, "log_probs": _log_probs, "importance": _importance, "step": _step, "loader": _loader}
+    judges["loop"] = _loop
     if device == "cuda":
         judges |= {"sampling": lambda m: _cuda_sampling(m, checks or []), "log_probs": _nothing, "importance": _nothing}
     return [verdict for family in families for verdict in judges[family](medians)]

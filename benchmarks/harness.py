@@ -33,6 +33,7 @@ class Variant:
     threads: int | None = None
     before: Callable[[], object] | None = None  # untimed, ahead of every call
     ops: int = 1  # calls of the op that ``call`` makes: the replay of a graph makes many
+    warm_up: Callable[[int], object] | None = None  # the first round, where a whole call would take long
     wall: bool = False  # on a GPU: by the host's clock until the device is done, as a caller who waits would see it
 
 
@@ -89,7 +90,8 @@ def interleave(
             if variants[i].before is not None:
                 variants[i].before()
             calls = 1 if variants[i].ops > 1 or variants[i].wall else inner
-            elapsed, queued = timer(variants[i], partial(_repeat, variants[i].call, number, calls), calls)
+            call = variants[i].warm_up if round_ < 0 and variants[i].warm_up else variants[i].call
+            elapsed, queued = timer(variants[i], partial(_repeat, call, number, calls), calls)
             number += calls
             if round_ >= 0:
                 samples[i].append((elapsed / (calls * variants[i].ops), queued))

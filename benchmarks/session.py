@@ -102,9 +102,10 @@ class Session:
         budget_s: float = 10.0,
         inner: int = 1,
         apart: Sequence[tuple[Variant, int]] = (),
+        unit: str = "rows",
     ) -> None:
-        """Interleave the variants and keep their results. ``apart``: slow ones with the rows that they are timed on; they run by
-        themselves afterwards, for they leave caches and clock in a state that no decode loop has."""
+        """Interleave the variants and keep their results. ``apart``: slow ones with the rows (``unit``), of n, that they are timed on;
+        they run by themselves afterwards, for they leave caches and clock in a state that no decode loop has."""
         if self.smoke:
             inner = min(inner, 3)
         if self.cuda:
@@ -114,7 +115,7 @@ class Session:
             (timing,) = interleave([variant], 3, timer=self.timer)
             timings.append((variant, timing.scaled(n / rows)))
             if rows != n:
-                notes[variant.name] = f"timed on {rows} of {n} rows and scaled"
+                notes[variant.name] = f"timed on {rows} of {n} {unit} and scaled"
         medians = {variant.name: timing.median for variant, timing in timings}
         rows = []
         for variant, timing in timings:
@@ -188,9 +189,13 @@ class Session:
         return True
 
     def check(self, name: str, run: Callable[[], dict]) -> None:
-        """``run`` gives a value in 0 .. 1 and what it was made of; on a GPU."""
+        """``run`` gives a value in 0 .. 1 and what it was made of."""
         found: list[dict] = []
-        problem = runnable(lambda _: found.append(run()))
+        problem = None
+        if self.cuda:
+            problem = runnable(lambda _: found.append(run()))
+        else:  # what goes wrong on a CPU is raised
+            found.append(run())
         result = {"value": 0.0, "detail": f"failed: {problem}"} if problem else found[0]
         self.checks.append({"family": self.family, "name": name, **result})
         print(f"\n{self.family}, check: {name}: {result['value']:g} ({result['detail']})", flush=True)

@@ -101,7 +101,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _module(family: str) -> str:
-    return f".ops.bench_{family}" if family in SUITES["ops"] else f".training.{family}"
+    suite = _suite(family)
+    return f".ops.bench_{family}" if suite == "ops" else f".{suite}.{family}"
 
 
 def _suite(family: str) -> str:
@@ -161,7 +162,7 @@ def command(options: argparse.Namespace) -> str:
 
 
 def script(family: str, description: str) -> int:
-    """``python benchmarks/ops/bench_<family>.py`` or ``benchmarks/training/<family>.py``: the same run, of one family."""
+    """``python benchmarks/ops/bench_<family>.py`` or ``benchmarks/SUITE/<family>.py``: the same run, of one family."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, families=False)
     options = parser.parse_args()

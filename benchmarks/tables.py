@@ -38,7 +38,7 @@ def console(rows: list[dict]) -> str:
         scale, unit = _scale([r["median"] for r in rows])
         median, low, high = (_time(scale * row[key]) for key in ("median", "low", "high"))
         moved = f"{row['bytes'] / MEGABYTE:>8.2f} MB{row['gb_per_s']:>8.2f} GB/s"
-        ratios = _times(row["over_amax"], 9) + _times(row["over_exp_sum"], 9)
+        ratios = _times(row.get("over_amax"), 9) + _times(row.get("over_exp_sum"), 9)
         ratios += "" if row.get("of_copy") is None else f"{100 * row['of_copy']:>7.1f} %"
         note = f"  {row['note']}" if row["note"] else ""
         # An event between two launches waits for the host where the host is not ahead: such a time is not the device's alone.
@@ -55,6 +55,14 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in body)]
 
 
+def _unit(rows: list[dict], memory: bool) -> tuple[float, str]:
+    if memory:
+        return 1, "MB (beyond the gradients)" if any(r["gradient_bytes"] for r in rows) else "MB"
+    if "stage_seconds" in rows[0]:  # a whole decode
+        return 1e-3, "s"
+    return _scale([r["median"] for r in rows])
+
+
 def _pivot(rows: list[dict]) -> list[str]:
     """The cases of one kind: the shorter of (variants, cases) goes across."""
     kind = rows[0]["case"].partition(":")[0]
@@ -62,7 +70,8 @@ def _pivot(rows: list[dict]) -> list[str]:
     names = list(dict.fromkeys(r["name"] for r in rows))
     cells, scaled = {}, False
     memory = "extra_bytes" in rows[0]
-    scale, unit = (1, "MB (beyond the gradients)") if memory else _scale([r["median"] for r in rows])
+    scale, unit = _unit(rows, memory)
+    other = next((r["over"]["name"] for r in rows if r.get("over")), None)
     for row in rows:
         if memory:
             text = f"{row['extra_bytes'] / MEGABYTE:.0f}"
@@ -71,12 +80,14 @@ def _pivot(rows: list[dict]) -> list[str]:
         else:
             text = _time(scale * row["median"])
             ratios = [_ratio(row["over_amax"])] if row["over_amax"] is not None and row["name"] != "amax" else []
+            ratios += [_ratio(row["over"]["value"])] if row.get("over") and row["name"] != other else []
             ratios += [] if row.get("of_copy") is None else [f"{100 * row['of_copy']:.0f} %"]
             text += f" ({'; '.join(ratios)})" if ratios else ""
             text += " *" if row["note"] else ""
             scaled = scaled or bool(row["note"])
         cells[row["case"], row["dtype"], row["name"]] = text
     shown = ["times amax"] if any(r.get("over_amax") is not None for r in rows) else []
+    shown += [f"times {other}"] if other else []
     shown += ["of a copy's bandwidth"] if any(r.get("of_copy") is not None for r in rows) else []
     unit += f" ({'; '.join(shown)})" if shown else ""
     labels = [case.partition(": ")[2] + (f", {dtype}" if dtype else "") for case, dtype in cases]
@@ -92,12 +103,45 @@ def _pivot(rows: list[dict]) -> list[str]:
 
 
 def family_tables(document: dict, family: str) -> str:
-    """A table for each kind of case."""
+    """A table for each kind of case; of decodes also their calls and their stages."""
     kinds: dict[str, list[dict]] = {}
     for row in document["results"]:
         if row["family"] == family:
             kinds.setdefault(row["case"].partition(":")[0], []).append(row)
-    return "\n\n".join("\n".join(_pivot(rows)) for rows in kinds.values())
+    tables = []
+    for rows in kinds.values():
+        tables.append(_pivot(rows))
+        if "stage_seconds" in rows[0]:
+            tables += [_calls(rows), _stages(rows)]
+    return "\n\n".join("\n".join(table) for table in tables)
+
+
+def _label(row: dict) -> str:
+    return row["case"].partition(": ")[2]
+
+
+def _calls(rows: list[dict]) -> list[str]:
+    """How often each loop called its networks."""
+    loops = list(dict.fromkeys(r["name"] for r in rows if "stage_seconds" in r))
+    cells = {
+        (_label(r), r["name"]): f"{r['nfe']} + {r['energy_nfe']}" + (" *" if r["note"] else "")
+        for r in rows
+        if "stage_seconds" in r
+    }
+    labels = dict.fromkeys(_label(r) for r in rows)
+    body = [[label, *(cells.get((label, loop), "-") for loop in loops)] for label in labels]
+    note = ["", "\\* scaled, as above"] if any("*" in cell for cell in cells.values()) else []
+    return [*_table(["calls: denoiser + energy", *loops], body), *note]
+
+
+def _stages(rows: list[dict]) -> list[str]:
+    """Where the time of the first case goes."""
+    rows = [r for r in rows if r["case"] == rows[0]["case"] and "stage_seconds" in r]
+    names = list(rows[0]["stage_seconds"])
+    body = [[name, *(f"{r['stage_seconds'][name]:.2f}" for r in rows)] for name in names]
+    rest = [max(0.0, 1e-3 * r["median"] - sum(r["stage_seconds"].values())) for r in rows]
+    body.append(["everything else", *(f"{seconds:.2f}" for seconds in rest)])
+    return _table([f"stages, s ({_label(rows[0])})", *(r["name"] for r in rows)], body)
 
 
 def verdict_table(found: list[Verdict]) -> str:

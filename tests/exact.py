@@ -151,8 +151,9 @@ def transition(
     remask: float = 0.0,
     fixed: tuple[int, ...] = (),
 ) -> dict[State, float]:
-    """One step of mass over states, by enumeration. ``completion(xt)`` [S] is the law of x0, or any measure, from which what opens is taken.
+    """One step of mass over states, by enumeration. ``completion(xt)`` [S] is the law of x0, or any measure, of which what opens is taken.
 
+    A step at which nothing changes is not made: it multiplies by nothing, whatever the total of a measure.
     Positions ``among`` (all of them by default) open with probability ``opens`` where they are masked, and become masked with
     probability ``remask`` where they are clean and not ``fixed``.
     """
@@ -167,6 +168,9 @@ def transition(
             if weight == 0:
                 continue
             changed = [i for i, change in zip(changes, pattern, strict=True) if change]
+            if not changed:
+                following[xt] += weight
+                continue
             for row, p in enumerate(law.tolist()):
                 if p > 0:
                     xs = list(xt)

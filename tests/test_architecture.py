@@ -24,14 +24,15 @@ MAY_IMPORT = {
     "models": {"ops", "checkpoint"},
     "samplers": {"diffusion", "ops"},
     "eval": {"samplers", "diffusion", "ops"},
+    "view": {"samplers"},
     "train": {"eval", "models", "data", "checkpoint", "samplers", "diffusion", "ops"},
     "__main__": {"cli"},
     "demo": {"train", "eval", "models", "data", "checkpoint", "samplers", "diffusion", "ops"},
-    "cli": {"demo", "train", "eval", "models", "data", "checkpoint", "samplers", "diffusion", "ops"},
+    "cli": {"demo", "train", "eval", "view", "models", "data", "checkpoint", "samplers", "diffusion", "ops"},
 }
 # What the base install may import: everything else is an extra, and imported where it is used.
 BASE = {"torch", "numpy", "safetensors", "tqdm"} | set(sys.stdlib_module_names)
-EXTRAS = {"data": {"tokenizers", "datasets"}, "train": {"matplotlib"}}
+EXTRAS = {"data": {"tokenizers", "datasets"}, "train": {"matplotlib"}, "view": {"rich"}}
 
 
 def room(path: Path) -> str:
@@ -113,7 +114,7 @@ def test_importing_is_light():
 import sys
 import edlm
 assert not [m for m in sys.modules if m.startswith("edlm.")], "rooms were imported"
-for room in ("ops", "samplers", "diffusion", "models", "eval", "data", "train", "checkpoint"):
+for room in ("ops", "samplers", "diffusion", "models", "eval", "data", "train", "checkpoint", "view"):
     getattr(edlm, room)
 assert edlm.generate is edlm.samplers.generate
 import torch

@@ -15,6 +15,7 @@ import torch
 from edlm.benchmarks import memory, suite
 from edlm.benchmarks.arguments import FAMILIES, SUITES, add_arguments
 from edlm.benchmarks.claims import Verdict, verdicts
+from edlm.benchmarks.decode import loop
 from edlm.benchmarks.harness import Inputs, Variant, interleave
 from edlm.benchmarks.tables import markdown, verdict_table
 from edlm.benchmarks.training import loader, step
@@ -131,6 +132,9 @@ def test_interleaving_gives_every_call_a_number_of_its_own():
     assert interleave(variants, 50, budget_s=0, clock=lambda: float(next(time)))[0].repetitions == 3
     with pytest.raises(ValueError, match="repetitions: expected at least 3"):
         interleave(variants, 2)
+    whole, short = [], []
+    interleave([Variant("slow", whole.append, warm_up=short.append)], 3, clock=lambda: float(next(time)))
+    assert short == [0] and whole == [1, 2, 3]
     # A replay of ten calls is one call of a sample, and ten of its mean.
     (replay,) = interleave([Variant("graph", lambda i: None, ops=10)], 3, inner=7, clock=lambda: float(next(time)))
     assert replay.median == 100 and replay.queued is None
@@ -237,11 +241,15 @@ def test_rounding_never_makes_a_claim_look_met(value, sense, limit, shown):
 # --- a training step --------------------------------------------------------------------------------------------------------------
 
 
-def training_options(*words):
+def suite_options(name, *words):
     parser = argparse.ArgumentParser()
     parser.add_argument("suite")
     add_arguments(parser)
-    return parser.parse_args(["training", *words])
+    return parser.parse_args([name, *words])
+
+
+def training_options(*words):
+    return suite_options("training", *words)
 
 
 @pytest.fixture(scope="module")
@@ -319,3 +327,88 @@ def test_claims_of_a_training_step():
         assert one(found, "CausalLM, training step: peak", step.GPT2.case).met is False, "as much is not less"
         assert one(found, "WindowDataset.batch", step.TEXT8.case).measured == "2.00 %"
         assert sum(v.met is None for v in found) == 4
+
+
+# --- the decode loop --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def decoding(tmp_path_factory):
+    file = tmp_path_factory.mktemp("decode") / "out.json"
+    state = torch.get_rng_state()
+    assert suite.run(suite_options("decode", "--smoke", "--allow-reference", "--json", str(file))) == 0
+    torch.set_rng_state(state)
+    return json.loads(file.read_text())
+
+
+def test_a_decode_is_timed_beside_the_published_loop_and_the_networks_alone(decoding):
+    assert decoding["command"] == "edlm bench decode --smoke --allow-reference"
+    whole, part = (f"end to end: {case.name}" for case in (loop.SMOKE, loop.SMOKE._replace(steps=16)))
+    loops = (loop.EDLM, loop.PUBLISHED, loop.ADAPTED)
+    found = {(row["case"], row["name"]): row for row in decoding["results"]}
+    assert set(found) == {(whole, name) for name in (*loops, loop.NETWORKS)} | {(part, n) for n in (*loops[:2], loop.NETWORKS)}
+    for row in found.values():
+        assert 0 < row["low"] <= row["median"] <= row["high"] and row["bytes"] > 0 and row["repetitions"] >= 3
+        assert row["over"]["value"] == pytest.approx(row["median"] / found[row["case"], loop.EDLM]["median"])
+        assert 0 < row["energy_nfe"] <= row["nfe"]
+    assert found[part, loop.PUBLISHED]["note"] == "timed on 4 of 16 steps and scaled"
+    assert [name for name, row in found if found[name, row]["note"]] == [part], "everything else is timed whole"
+    stages = found[whole, loop.EDLM]["stage_seconds"]
+    assert (
+        set(stages) == {"denoise", "propose", "energy", "select", "reverse"} == set(found[whole, loop.ADAPTED]["stage_seconds"])
+    )
+    assert all(seconds > 0 for seconds in stages.values())
+    assert 0.5 < 1e3 * sum(stages.values()) / found[whole, loop.EDLM]["median"] < 1.5
+    assert [check["value"] for check in decoding["checks"]] == [1, 1]
+
+
+def test_tables_of_a_decode(decoding):
+    text = markdown(decoding, SUITES["decode"])
+    assert "| end to end: s (times edlm) |" in text and "\\* timed on 4 of 16 steps and scaled" in text
+    rows = {row["name"]: row for row in decoding["results"] if row["case"].endswith(" 8 steps")}
+    calls = [f"{rows[name]['nfe']} + {rows[name]['energy_nfe']}" for name in (loop.EDLM, loop.PUBLISHED, loop.ADAPTED)]
+    assert f"| {loop.SMOKE.name} | {' | '.join(calls)} |" in text
+    assert f"| stages, s ({loop.SMOKE.name}) | {loop.EDLM} | {loop.PUBLISHED} | {loop.ADAPTED} |" in text
+    assert "| everything else |" in text and "| not measured |" in text
+
+
+def test_a_loop_that_breaks_its_promises_is_found(monkeypatch):
+    def forgetful(case, recorder, prompt):
+        tokens, nfe, energy_nfe = loop.check_ours(case, recorder, prompt)
+        return tokens, nfe - 1, energy_nfe
+
+    def careless(case, recorder, prompt):
+        tokens, nfe, energy_nfe = loop.check_theirs(case, recorder, prompt)
+        return torch.where(tokens == tokens[0, 0], case.vocab - 1, tokens), nfe, energy_nfe
+
+    for broken in (forgetful, careless):
+        assert loop.check(broken, loop.SMOKE, torch.device("cpu"))["value"] == 0
+
+
+@pytest.mark.skipif(not memory.measurable(), reason="no /proc/self/status")
+def test_peak_memory_of_a_decode_sees_the_published_tensors():
+    case = loop.Case(vocab=20_000, length=32, k=16, steps=4, dim=16, layers=1, heads=2)
+    ours, published = (loop.measure(name, case) for name in (loop.EDLM, loop.PUBLISHED))
+    repeated = 4 * case.k * case.length * case.vocab
+    assert published["extra_bytes"] > 2.9 * repeated > repeated > ours["extra_bytes"]
+    assert published["method"].endswith("of one step inside the window and one outside")
+
+
+def test_claims_of_a_decode():
+    claims = verdicts([], SUITES["decode"])
+    assert {v.wanted for v in claims} == {">= 5x", "<= 0.2x", "<= 128"} and all(v.met is None for v in claims)
+    cases = {loop.HEADLINE, loop.LONG, *loop.SWEEP, loop.WHOLE_WINDOW, loop.HEADLINE._replace(k=0)}
+    cases |= {loop.HEADLINE._replace(k=k) for k in loop.PEAKS}
+    assert {v.where for v in claims} <= {case.name for case in cases}, "a claim about what is never measured"
+    case = f"end to end: {loop.HEADLINE.name}"
+    rows = [result(case, n, time, family="loop", dtype=None) for n, time in ((loop.EDLM, 1.0), (loop.PUBLISHED, 4.9))]
+    case = f"peak memory: {loop.HEADLINE.name}"
+    sizes = ((loop.EDLM, 10), (loop.PUBLISHED, 50))
+    rows += [{**result(case, n, None, family="loop", dtype=None), "extra_bytes": size} for n, size in sizes]
+    rows.append(result(f"end to end: {loop.LONG.name}", loop.EDLM, 1.0, family="loop", dtype=None, nfe=129))
+    found = verdicts(rows, SUITES["decode"])
+    assert one(found, "decode, end to end", loop.HEADLINE.name).met is False
+    assert one(found, "decode: peak", loop.HEADLINE.name).met is True
+    assert (
+        one(found, "decode: calls", loop.LONG.name).measured == "129" and one(found, "decode: calls", loop.LONG.name).met is False
+    )

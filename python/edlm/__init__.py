@@ -1,8 +1,8 @@
 """edlm: energy-based diffusion language models on fused C++ kernels.
 
 ``edlm.ops`` holds the primitives, ``edlm.samplers.generate`` the decode loop, ``edlm.models`` networks, ``edlm.train`` a trainer,
-``edlm.eval`` estimators. Importing edlm imports none of them and creates no CUDA context; ``edlm.generate`` and the rooms are
-loaded at first use.
+``edlm.eval`` estimators, ``edlm.view`` shows how a text came about. Importing edlm imports none of them and creates no CUDA context;
+``edlm.generate`` and the rooms are loaded at first use.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_ROOMS = ("checkpoint", "config", "data", "diffusion", "eval", "models", "ops", "protocols", "samplers", "train")
+_ROOMS = ("checkpoint", "config", "data", "diffusion", "eval", "models", "ops", "protocols", "samplers", "train", "view")
 
 __all__ = ["SampleOutput", "__version__", "generate", *_ROOMS]
 

@@ -51,6 +51,13 @@ def test_rotary_against_complex_numbers():
     torch.testing.assert_close(turned, torch.cat([expected.real, expected.imag], -1).float(), rtol=1e-4, atol=3e-4)
 
 
+def test_rotary_from_a_position_on():
+    """What is read behind a cache is turned by where it stands, bitwise."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 40, 16)
+    assert torch.equal(Rotary(10, 16, x.device, start=30)(x[:, :, 30:]), Rotary(40, 16, x.device)(x)[:, :, 30:])
+
+
 def test_rotary_of_bfloat16_keeps_its_angles():
     """One rounding of the result: frequencies in bfloat16 would be radians off at position 1000."""
     torch.manual_seed(0)

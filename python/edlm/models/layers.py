@@ -23,17 +23,17 @@ class LayerNorm(nn.Module):
 class Rotary:
     """Rotary position embedding over the whole head (Su et al., arXiv 2104.09864), halves rotated against each other, base 10 000.
 
-    The table of angles for ``length`` positions; calling it turns q or k. No module, and no buffer: a network that is cast to bfloat16
-    would cast its frequencies too, and at position 1000 an angle would then be off by radians.
+    The table of angles for ``length`` positions from ``start`` on; calling it turns q or k. No module, and no buffer: a network that is
+    cast to bfloat16 would cast its frequencies too, and at position 1000 an angle would then be off by radians.
     """
 
-    def __init__(self, length: int, head_dim: int, device: torch.device) -> None:
+    def __init__(self, length: int, head_dim: int, device: torch.device, start: int = 0) -> None:
         frequency = 10_000.0 ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-        angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
+        angle = torch.arange(start, start + length, device=device, dtype=torch.float32)[:, None] * frequency
         self.cos, self.sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, H, L, D] -> the same shape and dtype, position i turned by i times the frequencies; computed in float32."""
+        """[B, H, L, D] -> the same shape and dtype, position i turned by start + i times the frequencies; computed in float32."""
         a, b = x.chunk(2, -1)
         return (x * self.cos + torch.cat([-b, a], -1) * self.sin).to(x.dtype)
 

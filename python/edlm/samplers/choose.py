@@ -37,6 +37,7 @@ class Scorer:
     temperature: float
     shaped: bool  # whether the proposal was tempered or filtered
     max_rows: int | None  # completed sequences in one call
+    particles: int  # rows of a sequence
     stage: Callable[[str], contextlib.AbstractContextManager]
     nfe: int = 0
     unread: list[tuple[str, torch.Tensor, torch.Tensor]] = field(default_factory=list)
@@ -167,7 +168,9 @@ class Scorer:
         row, candidate = (int(i) for i in wrong.nonzero()[0])
         candidates = f"all {wrong.shape[1]} candidates" if bool(wrong[row].all()) else f"candidate {candidate}"
         value = "NaN, -inf, or +inf for all" if energy is None else float(energy[row, candidate])
+        sequence, particle = divmod(int(rows[row]), self.particles)
+        whose = f"sequence {sequence}" if self.particles == 1 else f"sequence {sequence}, particle {particle},"
         raise ValueError(
             f"energy: expected finite energies (+inf excludes a candidate, and one must be left), got {value} for {candidates} of "
-            f"sequence {int(rows[row])} in {where}"
+            f"{whose} in {where}"
         )

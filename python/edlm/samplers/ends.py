@@ -8,15 +8,15 @@ import torch
 class Ends:
     """``open`` bool [B] on the CPU says in which sequences there is anything left to decode."""
 
-    def __init__(self, start: torch.Tensor, lengths: torch.Tensor, stop: int | None, mask: int, early: bool) -> None:
-        """start int64 [B, L], lengths int64 [B] on the CPU; ``early``: whether sequences may be left before their last step."""
-        self.lengths, self.stop, self.mask, self.early = lengths, stop, mask, early
+    def __init__(self, start: torch.Tensor, lengths: torch.Tensor, stop: int | None, mask: int, look: str) -> None:
+        """start int64 [B, L], lengths int64 [B] on the CPU; ``look`` for stop tokens after each "step" or "block", or "never"."""
+        self.lengths, self.stop, self.mask, self.often = lengths, stop, mask, look
         self.open = torch.ones(len(lengths), dtype=torch.bool)
         self._generated = start == mask
 
     def look(self, xt: torch.Tensor, ends_block: bool) -> None:
-        """After a step. On a GPU only at the end of a block: there this waits for the device."""
-        if self.stop is None or not self.early or not (ends_block or xt.device.type == "cpu"):
+        """After a step: whoever has generated a stop token, with nothing masked before it, is done."""
+        if self.stop is None or self.often == "never" or (self.often == "block" and not ends_block):
             return
         stopped = self._stops(xt) & (xt != self.mask).cumprod(1).bool()  # and all before it is open
         self.open &= ~stopped.any(1).cpu()

@@ -82,7 +82,7 @@ def generate(
         lengths: int64 [B], where sequences are to end before L. No network sees what lies behind: those of one length go through it
             together, those of different lengths in separate calls.
         stop_token_id: a sequence ends with the first such token that is generated (a prompt's do not count). Steps that could change
-            nothing before it are left out: on a CPU at once, on a GPU, where looking waits for the device, from block to block.
+            nothing before it are left out: at once on a CPU; from block to block on a GPU, where looking waits, and with remasking.
         pad_token_id: what is behind the end in the output; the stop token if left out.
 
     In which order:
@@ -169,16 +169,20 @@ def generate(
 
     stages = Stages(device)
     proposal = Proposal(denoiser, compact, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    scorer = Scorer(energy, count, target, energy_temperature, proposal.shaped, energy_rows, stages) if corrects else None
+    scorer = None
+    if corrects:
+        scorer = Scorer(energy, count, target, energy_temperature, proposal.shaped, energy_rows, num_particles, stages)
     reverse = Reverse(denoiser, proposal, scorer, stages, compact)
     advance = Replayed(reverse) if cuda_graph else reverse
     record = Record(xt, num_particles, return_history)
-    finish = Ends(start.to(device), ends, stop_token_id, mask, early=population is None)
+    # Particles stay together; what is shown may be masked again until its block ends; and on a GPU to look is to wait.
+    early = "never" if population else "step" if device.type == "cpu" and sampler != "remasking" else "block"
+    finish = Ends(start.to(device), ends, stop_token_id, mask, early)
     correcting = torch.full((len(xt),), corrects)  # until the ESS says otherwise, with window "auto"
     nfe, most = 0, plan.most()
     # no_grad rather than inference_mode: what comes out may be trained on.
     # On a GPU what the ops report is read at the end: the loop waits for nothing of theirs.
-    with torch.no_grad(), evaluating(denoiser, energy), deferred_checks(device.type == "cuda"):
+    with torch.no_grad(), evaluating(denoiser, energy), deferred_checks(device.type != "cpu"):
         for step in tqdm(plan, desc="decode", total=most, disable=not progress):
             step = step.only(finish.open[step.rows // num_particles])
             if not len(step.rows):
@@ -188,8 +192,9 @@ def generate(
                 xt[rows, seen] = xt[rows, seen].masked_fill(upload(step.remask, device), mask)
             made = step if compact else step.spread(len(xt))
             scored = made.in_window & correcting[made.rows]
-            # An energy reads whole sequences; without one only what opens is ever used.
-            active = torch.where(scored[:, None], made.masked, made.opening)
+            # An energy reads whole sequences, in a fixed shape everybody's; without one only what opens is ever used.
+            whole = scored if compact else scored.any().expand_as(scored)
+            active = torch.where(whole[:, None], made.masked if compact else torch.ones_like(made.masked), made.opening)
             all_rows = len(made.rows) == len(xt)
             move = Move(
                 xt=xt[:, seen] if all_rows else xt[rows, seen],
@@ -220,11 +225,11 @@ def generate(
             finish.look(xt, step.ends_block)
             if on_step is not None:
                 on_step(record.report(step.rows, step.t, xt, most, nfe, scorer.nfe if scorer else 0))
+        chosen = None if population is None else population.choose()
         if scorer is not None:
             scorer.read()
             if not scorer.nfe and low_high[0] < low_high[1] and not warned:
                 warnings.warn(f"window: no step started within {window!r}: the energy was not used; widen it", stacklevel=2)
-    chosen = None if population is None else population.choose()
     tokens, lengths = finish.cut(xt if chosen is None else xt[chosen], pad_token_id)
     return record.finish(
         tokens, lengths, chosen, population, xt, nfe=nfe, energy_nfe=scorer.nfe if scorer else 0, stage_seconds=stages.seconds
