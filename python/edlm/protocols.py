@@ -23,6 +23,10 @@ class Denoiser(Protocol):
     ``head(hidden(xt, t))`` equal to the call itself; ``generate`` then runs the head on the rows that it draws, and on no others.
     Where the head is one linear layer it may be offered as ``output_layer`` too (``weight`` [V, D], ``bias`` [V] or None): the losses
     then score tokens without ever storing logits.
+
+    ``max_length`` (int, or None for any): a denoiser that has it is never asked for more positions. ``prepare(rows, columns, masked)``:
+    a denoiser that keeps something a sequence, such as a KV cache, is told before each call, on the host, which sequences of the batch
+    come (int64 [R]), which columns of them (first, one past the last), and where they are masked (bool [R, W]).
     """
 
     mask_token_id: int

@@ -43,6 +43,7 @@ def test_tensorboard_beside_the_lines(tmp_path, text):
     assert list((tmp_path / "run" / "tensorboard").glob("events.*")) and len(lines(tmp_path / "run")) == 4
 
 
-def test_an_autoregressive_model_has_no_samples_yet(tmp_path, text):
+def test_an_autoregressive_model_has_samples_too(tmp_path, text):
     train(tiny_config("causal_lm", text, steps=2, valid_every=2, logging={"samples": 3}), tmp_path / "run", progress=False)
-    assert "samples" not in lines(tmp_path / "run")[-1]
+    (samples,) = [row["samples"] for row in lines(tmp_path / "run") if "samples" in row]
+    assert len(samples) == 3 and all(len(sample) == 16 for sample in samples)

@@ -17,7 +17,8 @@ from .transformer import Transformer, check_ids
 @dataclass(frozen=True, kw_only=True)
 class CausalLMConfig:
     """Sizes of a CausalLM. ``vocab_size`` counts the tokens that it predicts: no mask. ``bos_token_id`` may be any id, that of the
-    mask or an end-of-text token included: it is only ever read."""
+    mask or an end-of-text token included: it is only ever read. ``max_length``: the most tokens that ``sample_autoregressive`` asks
+    for, as many as it was trained on; None: any."""
 
     vocab_size: int
     bos_token_id: int
@@ -25,8 +26,11 @@ class CausalLMConfig:
     num_layers: int = 12
     num_heads: int = 12
     dropout: float = 0.1
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length: expected a number of tokens >= 1, or None, got {self.max_length}")
         if self.vocab_size < 1 or self.bos_token_id < 0:
             raise ValueError(
                 f"vocab_size, bos_token_id: expected numbers >= 1 and >= 0, got {self.vocab_size}, {self.bos_token_id}"
@@ -42,6 +46,7 @@ class CausalLM(Pretrained, nn.Module):
     def __init__(self, config: CausalLMConfig) -> None:
         super().__init__()
         self.config, self.vocab_size, self.bos_token_id = config, config.vocab_size, config.bos_token_id
+        self.max_length = config.max_length
         self.vocab_embed = nn.Embedding(max(config.vocab_size, config.bos_token_id + 1), config.dim)
         nn.init.normal_(self.vocab_embed.weight, std=0.02)
         self.transformer = Transformer(config.dim, config.num_layers, config.num_heads, config.dropout, causal=True)

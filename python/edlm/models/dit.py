@@ -15,7 +15,10 @@ from .transformer import Transformer, check_ids
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:
-    """Sizes of a DiT. ``vocab_size`` counts the mask. With ``time_conditioning`` off (the default) t is ignored."""
+    """Sizes of a DiT. ``vocab_size`` counts the mask. With ``time_conditioning`` off (the default) t is ignored.
+
+    ``max_length``: the most tokens that it is meant for, as many as it was trained on: ``edlm.generate`` asks for no more. None: any.
+    """
 
     vocab_size: int
     mask_token_id: int
@@ -25,8 +28,11 @@ class DiTConfig:
     cond_dim: int = 128
     dropout: float = 0.1
     time_conditioning: bool = False
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length: expected a number of tokens >= 1, or None, got {self.max_length}")
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(f"mask_token_id: expected an id in 0 .. {self.vocab_size - 1}, got {self.mask_token_id}")
 
@@ -44,7 +50,7 @@ class DiT(Pretrained, nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
-        self.mask_token_id, self.vocab_size = config.mask_token_id, config.vocab_size
+        self.mask_token_id, self.vocab_size, self.max_length = config.mask_token_id, config.vocab_size, config.max_length
         self.vocab_embed = nn.Embedding(config.vocab_size, config.dim)
         nn.init.kaiming_uniform_(self.vocab_embed.weight, a=math.sqrt(5))
         self.sigma_map = TimestepEmbedding(config.cond_dim)

@@ -114,7 +114,8 @@ class NCEEnergy(Pretrained, nn.Module):
             raise ValueError(
                 f"dit: expected an edlm.models.DiT, got {type(dit).__name__}; build another network's energy by hand"
             )
-        sizes = vars(dit.config) | ({} if dropout is None else {"dropout": dropout})
+        sizes = {name: value for name, value in vars(dit.config).items() if name != "max_length"}
+        sizes |= {} if dropout is None else {"dropout": dropout}
         model = cls(NCEEnergyConfig(**sizes, pooling=pooling)).to(dit.vocab_embed.weight)
         for name in ("vocab_embed", "sigma_map", "transformer", "norm_final", "adaLN_final"):
             getattr(model, name).load_state_dict(getattr(dit, name).state_dict())

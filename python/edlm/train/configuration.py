@@ -35,7 +35,7 @@ class ModelSpec:
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected a number in [0, 1), got {self.dropout}")
 
-    def build(self, *, vocab_size: int, mask_token_id: int, bos_token_id: int) -> DiT | CausalLM:
+    def build(self, *, vocab_size: int, mask_token_id: int, bos_token_id: int, max_length: int | None = None) -> DiT | CausalLM:
         """An untrained network from torch's global generator. ``vocab_size`` counts the mask, which is the last id."""
         sizes = preset(self.preset or "tiny")
         sizes |= {name: getattr(self, name) for name in sizes if getattr(self, name) is not None}
@@ -46,10 +46,11 @@ class ModelSpec:
                     mask_token_id=mask_token_id,
                     cond_dim=self.cond_dim,
                     time_conditioning=self.time_conditioning,
+                    max_length=max_length,
                     **sizes,
                 )
             )
-        return CausalLM(CausalLMConfig(vocab_size=vocab_size - 1, bos_token_id=bos_token_id, **sizes))
+        return CausalLM(CausalLMConfig(vocab_size=vocab_size - 1, bos_token_id=bos_token_id, max_length=max_length, **sizes))
 
     def build_energy(self, proposal: DiT) -> NCEEnergy:
         """The energy that starts as a copy of the proposal, and as 0."""

@@ -16,7 +16,7 @@ from torch import nn
 from ..diffusion import MaskedDiffusion, evaluation_schedule, nce_batch, nce_loss, nelbo_loss, schedule
 from ..eval import Estimate, ar_nll, nelbo
 from ..models import CausalLM, DiT, NCEEnergy, ar_residual
-from ..samplers import generate
+from ..samplers import generate, sample_autoregressive
 from .configuration import TrainConfig
 from .throughput import flops_per_token
 
@@ -76,9 +76,9 @@ class Objective(nn.Module, ABC):
             dim=sizes.dim, num_layers=sizes.num_layers, length=length, vocab_size=sizes.vocab_size, head_share=head_share
         )
 
-    def sample(self, count: int, length: int, steps: int) -> torch.Tensor | None:
-        """Tokens [count, L] from the model as it is, or None where it generates none."""
-        return None
+    @abstractmethod
+    def sample(self, count: int, length: int, steps: int) -> torch.Tensor:
+        """Tokens [count, L] from the model as it is."""
 
 
 class DiffusionObjective(Objective):
@@ -113,6 +113,9 @@ class CausalObjective(Objective):
 
     def validate(self, x0: torch.Tensor, seeds: torch.Tensor) -> dict[str, Estimate]:
         return {"loss": ar_nll(self.model, x0)}
+
+    def sample(self, count: int, length: int, steps: int) -> torch.Tensor:
+        return sample_autoregressive(self.model, batch_size=count, length=length, seed=self.config.seed).tokens
 
 
 class NceObjective(Objective):

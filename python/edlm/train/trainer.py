@@ -191,7 +191,10 @@ def _model(config: TrainConfig, text: TrainingText, networks: dict[str, Any]) ->
     else:
         tokenizer = text.tokenizer
         model = config.model.build(
-            vocab_size=tokenizer.vocab_size, mask_token_id=tokenizer.mask_token_id, bos_token_id=tokenizer.bos_token_id
+            vocab_size=tokenizer.vocab_size,
+            mask_token_id=tokenizer.mask_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            max_length=config.data.length,
         )
     model.transformer.checkpoint_activations = config.system.activation_checkpointing
     if config.system.compile:
@@ -277,7 +280,7 @@ def _samples(shared: Shared, objective: Objective, config: TrainConfig, text: Tr
     if not spec.samples:
         return []
     tokens = shared.evaluate(objective.sample, spec.samples, config.data.length, spec.sample_steps)
-    return [] if tokens is None else [text.tokenizer.decode(row) for row in tokens.tolist()]
+    return [text.tokenizer.decode(row) for row in tokens.tolist()]
 
 
 @contextmanager
