@@ -151,7 +151,7 @@ def transition(
     remask: float = 0.0,
     fixed: tuple[int, ...] = (),
 ) -> dict[State, float]:
-    """One step of mass over states, by enumeration. ``completion(xt)`` [S] is the law of x0, or any measure, of which what opens is taken.
+    """One step of mass over states, by enumeration; what opens is taken from ``completion(xt)`` [S], a law or any measure of x0.
 
     A step at which nothing changes is not made: it multiplies by nothing, whatever the total of a measure.
     Positions ``among`` (all of them by default) open with probability ``opens`` where they are masked, and become masked with

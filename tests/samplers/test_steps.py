@@ -9,7 +9,7 @@ import torch
 from edlm.diffusion import LogLinearSchedule, MaskedDiffusion
 from edlm.samplers import generate
 from edlm.samplers.steps import Ancestral, FirstHitting, LeftToRight, Plan, Remasking
-from exact import g_test, law_of_states, pick_law, residual_energy, transition
+from exact import g_test, generate_law, law_of_states, pick_law, residual_energy, transition
 
 N = 40_000
 
@@ -129,6 +129,12 @@ def test_law_of_remasking(universe, denoiser, energy, steps, prob, k):
     for i in range(steps):
         plain = transition(universe, plain, completion, 1 / (steps - i))
     assert float((law_of_states(universe, plain) - law).abs().sum()) > 1e-3
+
+
+def test_remasking_of_nothing_is_ancestral_in_law(universe, denoiser):
+    out = generate(denoiser, batch_size=N, length=3, steps=3, sampler="remasking", remask_prob=0.0, seed=43)
+    law = generate_law(universe, lambda xt, t: universe.product(xt), [1.0, 2 / 3, 1 / 3, 0.0])
+    assert g_test(torch.bincount(universe.index(out.tokens), minlength=27).double(), law) > 1e-6
 
 
 def test_as_many_are_masked_as_without_remasking():

@@ -11,7 +11,7 @@ from ..protocols import Denoiser, offers_head
 from .upload import upload
 
 # Rows go through the head in chunks whose float32 logits stay below this.
-_HEAD_BYTES = 256 << 20
+_HEAD_BYTES = 64 << 20
 
 
 def denoise(denoiser: Denoiser, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -161,7 +161,7 @@ class Remasking:
     as without remasking, in law. Neither depends on a token, so masks are drawn here.
 
     RNG: Philox(seed; column, 0, offset, REMASK), the first uniform, column as the network sees it.
-    Source: Wang et al., arXiv 2503.00307, equation 7 and section 4.1.
+    Source: Wang et al., arXiv 2503.00307.
     """
 
     steps: int
