@@ -12,7 +12,7 @@
 // keep one copy for all, perhaps the one that needs AVX-512.
 namespace edlm {
 
-// Values are part of the contract: see Purpose in _philox.py.
+// Values are part of the contract: see Purpose in _philox.py, which has two more that no kernel draws.
 enum class Purpose : uint32_t { kToken = 0, kSelect = 1, kResample = 2, kOpen = 3, kCorrupt = 4, kTime = 5 };
 
 struct Words {
