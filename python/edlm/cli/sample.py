@@ -1,119 +1,373 @@
-"""``edlm sample``: text from a trained denoiser."""
+"""``edlm sample``: texts from a trained model, on the terminal, or into a file that any number of processes fill."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import json
 import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .models import device_named, model_folder, open_energy
-from .printing import number
+from .. import __version__
+from .models import device_named, model_folder
 
 if TYPE_CHECKING:
     import torch
 
     from ..samplers import SampleOutput
+    from ..train.distributed import World
+    from .decoder import Decoder
+    from .sample_file import SampleFile
+    from .tally import Tally
+    from .text_batches import TextBatches
 
-HELP = "decode text from a trained denoiser, with or without an energy"
+HELP = "decode text from a trained model, with or without an energy"
 EXAMPLES = """edlm sample runs/denoiser/model --num 2 --length 128 --steps 32
 edlm sample runs/denoiser/model --energy runs/ar/model --window 0 1 --num-candidates 16
+edlm sample runs/denoiser/model --energy runs/ar/model --num-candidates auto --window auto --num-particles 4
 edlm sample runs/denoiser/model --prompt "it is a truth ____________ acknowledged"
+edlm sample runs/denoiser/model --length 1000 --block-length 64 --context-length 128
+edlm sample runs/denoiser/model --html replay.html --watch
+edlm sample runs/ar/model --num 2                          # an autoregressive model, from left to right
+edlm sample runs/denoiser/model --num 5000 --out texts.jsonl
+edlm sample runs/denoiser/model --num 5000 --out texts.jsonl --resume      # after an interruption, or before one
+torchrun --standalone --nproc-per-node 2 -m edlm sample runs/denoiser/model --num-texts 5000 --out texts.jsonl
 In a prompt _ is a character to be filled in; where the model reads a BPE, [MASK] is a token.
-Low energy is good; ESS says how many of the K candidates count."""
+Low energy is good; ESS says how many of the K candidates count.
+--out: one JSON record a line. The file is the same, bit by bit, for any number of processes with so many --threads, and however
+often it was interrupted; it has its name once it is complete, and FILE.part holds the texts until then. torchrun takes
+--num for one of its own options: --num-texts is the same."""
+_WAIT = timedelta(days=30)  # for the slowest process
+
+
+def _count_or_auto(text: str) -> int | str:
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, or auto, got {text!r}") from None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="folder of a trained denoiser")
-    parser.add_argument(
+    # No default of the sampler's is repeated as a value here: what is not given is not passed on.
+    parser.add_argument("model", help="folder of a trained denoiser, or of an autoregressive model")
+    what = parser.add_argument_group("what to decode")
+    prompt = what.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", help="text with _ (of a BPE: [MASK]) where text is wanted; otherwise all is generated")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="a prompt a line, of any lengths")
+    what.add_argument(
+        "--num", "--num-texts", type=int, dest="num", help="how many texts, of each prompt of a file (default: 4; with a file: 1)"
+    )
+    what.add_argument("--length", type=int, help="tokens of each, without a prompt (default: 128, or the model's most)")
+    what.add_argument("--stop", metavar="TOKEN", help="end a text with this token: as text, by its special name, or its id")
+    what.add_argument("--batch-size", type=int, default=32, help="texts decoded at a time (default: %(default)s)")
+    what.add_argument(
+        "--seed", type=int, default=0, help="text n of N uses seed * N + n: two seeds share no text (default: %(default)s)"
+    )
+    order = parser.add_argument_group("in which order (denoisers)")
+    order.add_argument(
+        "--sampler", choices=("ancestral", "first_hitting", "remasking", "left_to_right"), help="(default: ancestral)"
+    )
+    order.add_argument("--steps", type=int, help="of the ancestral and the remasking sampler, in each block (default: 32)")
+    order.add_argument("--remask-prob", type=float, help="remasking: at most this a step (default: 0.02)")
+    order.add_argument("--block-length", type=int, help="decode in blocks of so many tokens, from the left")
+    order.add_argument("--context-length", type=int, help="tokens that the networks see at once (default: what they can)")
+    energy = parser.add_argument_group("the energy (denoisers)")
+    energy.add_argument(
         "--energy", metavar="MODEL", help="folder of an NCE energy, or of an autoregressive model, whose residual is used"
     )
-    parser.add_argument("--carry-over", action="store_true", help="score masked positions alone (EDLM-coAR)")
-    parser.add_argument("--prompt", help="text with _ (of a BPE: [MASK]) where text is wanted; otherwise all is generated")
-    parser.add_argument("--num", type=int, default=4, help="how many texts (default: %(default)s)")
-    parser.add_argument("--length", type=int, help="tokens of each, without a prompt (default: 128)")
-    parser.add_argument("--sampler", choices=("ancestral", "first_hitting"), default="ancestral", help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="ancestral steps (default: 32)")
-    parser.add_argument("--num-candidates", type=int, help="K (default: 8 with an energy)")
-    parser.add_argument("--window", type=float, nargs=2, metavar=("LO", "HI"), default=(0.8, 1.0), help="energy iff LO < t <= HI")
-    parser.add_argument("--energy-temperature", type=float, default=1.0, help="0 picks the lowest energy (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the proposal; 0 is greedy (default: %(default)s)")
-    parser.add_argument("--top-k", type=int, help="keep the k most probable tokens")
-    parser.add_argument("--top-p", type=float, help="keep the most probable tokens up to this mass")
-    parser.add_argument("--min-p", type=float, help="keep tokens at least this likely, relative to the likeliest")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="text n uses seed * num + n: two seeds share no text (default: %(default)s)"
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: CUDA where there is one)")
-    parser.add_argument("--json", action="store_true", help="print texts, tokens and all diagnostics as JSON")
+    energy.add_argument("--carry-over", action="store_true", help="score masked positions alone (EDLM-coAR)")
+    energy.add_argument("--num-candidates", type=_count_or_auto, metavar="K", help="a number, or auto (default: 8)")
+    energy.add_argument("--ess-target", type=float, help="auto candidates: as many as give this ESS (default: 4)")
+    energy.add_argument("--max-candidates", type=int, help="auto candidates: at most so many (default: 32)")
+    energy.add_argument("--window", nargs="+", metavar=("LO", "HI"), help="energy iff LO < t <= HI; or auto (default: 0.8 1)")
+    energy.add_argument("--window-ess", type=float, help="auto window: ends at this ESS / K (default: 0.95)")
+    energy.add_argument("--energy-temperature", type=float, help="0 picks the lowest energy (default: 1)")
+    energy.add_argument("--energy-rows", type=int, help="completions scored at a time (default: all of a batch)")
+    energy.add_argument("--num-particles", type=int, help="sequential Monte Carlo with so many a text (default: 1)")
+    energy.add_argument("--resample-threshold", type=float, help="below this ESS / particles (default: 0.5)")
+    energy.add_argument("--resample-scheme", help="systematic, stratified, residual, multinomial (default: systematic)")
+    proposal = parser.add_argument_group("the proposal")
+    proposal.add_argument("--temperature", type=float, help="0 is greedy (default: 1)")
+    proposal.add_argument("--top-k", type=int, help="keep the k most probable tokens")
+    proposal.add_argument("--top-p", type=float, help="keep the most probable tokens up to this mass")
+    proposal.add_argument("--min-p", type=float, help="keep tokens at least this likely, relative to the likeliest")
+    where = parser.add_argument_group("where to")
+    where.add_argument("--out", metavar="FILE.jsonl", help="write a record a text; several processes of torchrun share the work")
+    where.add_argument("--resume", action="store_true", help="complete the file that the same command has begun")
+    where.add_argument("--json", action="store_true", help="print texts, tokens and all diagnostics as JSON")
+    where.add_argument("--history", action="store_true", help="with --json: every state")
+    where.add_argument("--html", metavar="FILE", help="write a page that replays the first batch")
+    where.add_argument("--watch", action="store_true", help="show the texts while they are decoded (extra: view)")
+    where.add_argument("--device", help="cpu, cuda, cuda:1 (default: CUDA where there is one)")
+    where.add_argument("--threads", type=int, help="CPU threads of a process, on which last bits depend (default: torch's)")
 
 
 def run(options: argparse.Namespace) -> int:
+    from ..train.distributed import joined
+    from .decoder import check, open_decoder
+
+    options.window = _window(options.window)
+    check(options)
+    _check_places(options)
+    with joined(device_named(options.device)) as world:
+        if world.size > 1 and options.out is None:
+            if world.rank > 0:
+                return 2
+            raise ValueError(
+                f"--out: expected a file where {world.size} processes share the work, got none; give --out FILE.jsonl"
+            )
+        if options.threads is not None:
+            _set_threads(options.threads)
+        decoder = open_decoder(options, world.device)
+        batches, prompts = _batches(options, decoder)
+        if options.out is not None:
+            return _to_file(options, decoder, batches, prompts, world)
+        return _to_terminal(options, decoder, batches)
+
+
+def _window(given: list[str] | None) -> tuple[float, float] | str | None:
+    if given is None:
+        return None
+    if given == ["auto"]:
+        return "auto"
+    try:
+        low, high = map(float, given)
+    except ValueError:
+        raise ValueError(f"--window: expected two numbers LO HI, or auto, got {' '.join(given)}") from None
+    return low, high
+
+
+def _check_places(options: argparse.Namespace) -> None:
+    for name in ("num", "batch_size", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected a number >= 1, got {value}")
+    if options.resume and options.out is None:
+        raise ValueError("--resume: it is for a file, got none; give --out FILE.jsonl as well, or leave it out")
+    if options.history and not options.json:
+        raise ValueError("--history: it is a part of what --json prints, got no --json; give it as well, or leave it out")
+    for name in ("json", "html", "watch"):
+        if getattr(options, name) and options.out is not None:
+            raise ValueError(f"--{name}: it shows what is decoded here and now, got --out as well; leave one of them out")
+    if options.html and not Path(options.html).parent.is_dir():
+        raise ValueError(f"--html: expected a file in a folder that exists, got {options.html}; make {Path(options.html).parent}")
+    if options.watch and (options.json or not sys.stdout.isatty()):
+        raise ValueError("--watch: expected a terminal on standard output, got JSON, a file or a pipe; leave it out")
+    if options.prompt_file is not None and options.length is not None:
+        raise ValueError(f"--length: the prompts of a file say how long they are, got {options.length}; leave it out")
+
+
+def _set_threads(number: int) -> None:
     import torch
 
-    from ..data import tokenizer_from
-    from ..models import DiT
-    from ..samplers import generate
+    torch.set_num_threads(number)
 
-    if options.carry_over and not options.energy:
-        raise ValueError("--carry-over: it is a way to score with an energy, got none; give --energy as well, or leave it out")
-    if options.num < 1:
-        raise ValueError(f"--num: expected a number >= 1, got {options.num}")
-    device = device_named(options.device)
-    denoiser = DiT.from_pretrained(model_folder(options.model), device=device)
-    tokenizer = tokenizer_from(denoiser.tokenizer_description)
-    energy = None
-    if options.energy:
-        energy = open_energy(options.energy, denoiser, carry_over=options.carry_over, device=device)
-    if options.prompt is None:
-        shape: dict[str, Any] = {"batch_size": options.num, "length": 128 if options.length is None else options.length}
-    else:
-        ids = torch.from_numpy(tokenizer.encode_prompt(options.prompt).astype("int64"))
-        shape = {"prompt": ids.repeat(options.num, 1), "length": options.length}
-    steps = options.steps if options.steps is not None or options.sampler != "ancestral" else 32
-    sample = generate(
-        denoiser,
-        **shape,
-        steps=steps,
-        energy=energy,
-        num_candidates=options.num_candidates,
-        window=tuple(options.window),
-        energy_temperature=options.energy_temperature,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        sampler=options.sampler,
-        seed=options.seed * options.num,
-        device=device,
-        progress=not options.json and sys.stderr.isatty(),
-    )
-    texts = [tokenizer.decode(row) for row in sample.tokens.tolist()]
+
+def _batches(options: argparse.Namespace, decoder: Decoder) -> tuple[TextBatches, list[str] | None]:
+    """And the prompts of a file as they are written there."""
+    from .text_batches import TextBatches, prompt_ids, read_prompts
+
+    shared = {"batch_size": options.batch_size, "seed": options.seed}
+    if options.prompt_file is not None:
+        lines, ids = read_prompts(options.prompt_file, decoder.tokenizer)
+        num = 1 if options.num is None else options.num
+        return TextBatches(num=num, prompts=ids, padding=decoder.mask_token_id, **shared), lines
+    num = 4 if options.num is None else options.num
+    if options.prompt is not None:
+        ids = [prompt_ids(options.prompt, decoder.tokenizer)]
+        return TextBatches(num=num, prompts=ids, length=options.length, **shared), None
+    most = None if options.block_length else getattr(decoder.network, "max_length", None)
+    length = min(128, most or 128) if options.length is None else options.length
+    return TextBatches(num=num, length=length, **shared), None
+
+
+def _texts(sample: SampleOutput, decoder: Decoder) -> list[str]:
+    from .sample_json import own_tokens
+
+    return [decoder.tokenizer.decode(tokens) for tokens in own_tokens(sample)]
+
+
+# --- on the terminal --------------------------------------------------------------------------------------------------------------
+
+
+def _to_terminal(options: argparse.Namespace, decoder: Decoder, batches: TextBatches) -> int:
+    from .sample_json import document, together
+    from .tally import Tally
+
+    show = sys.stderr.isatty() and not options.json and not options.watch
+    kept, tally = [], Tally()
+    with _bar(batches.total, show and len(batches) > 1) as advance, _watch(options, decoder, batches) as watch:
+        for number in range(len(batches)):
+            history = options.history or (options.html is not None and number == 0)
+            more: dict[str, Any] = {"return_history": history, "progress": show and len(batches) == 1}
+            with watch() as on_step:
+                sample = decoder(**batches.arguments(number), on_step=on_step, **more)
+            tally.add(sample)
+            if options.json or (options.html is not None and number == 0):
+                kept.append(sample)
+            # A watch leaves the texts there, but with what is behind a stop.
+            if not options.json and (not options.watch or options.stop is not None):
+                for text in _texts(sample, decoder):
+                    print(text, flush=len(batches) > 1)
+            advance(len(batches.indices(number)))
+    if options.html is not None:
+        _page(options, decoder, kept[0])
     if options.json:
-        print(json.dumps(_plain(sample, texts), allow_nan=False))
-        return 0
-    for text in texts:
-        print(text)
-    used = sample.ess[~sample.ess.isnan()]
-    ess = f", ESS {float(used.mean()):.2f} on average" if used.numel() else ""
-    seconds = ", ".join(f"{name} {value:.2f} s" for name, value in sample.stage_seconds.items() if value > 0)
-    print(f"# {sample.nfe} denoiser calls, {sample.energy_nfe} energy calls{ess}; {seconds}", file=sys.stderr)
+        whole = together(kept, decoder.mask_token_id)
+        seeds = [batches.seed_of(n) for n in range(batches.total)]
+        print(json.dumps(document(whole, _texts(whole, decoder), seeds), allow_nan=False))
+    else:
+        print(tally, file=sys.stderr)
     return 0
 
 
-def _plain(sample: SampleOutput, texts: list[str]) -> dict[str, Any]:
-    """Everything as JSON values; NaN, where a sequence had no part in a step, becomes null."""
+@contextlib.contextmanager
+def _bar(total: int, show: bool) -> Iterator[Callable[[int], object]]:
+    from tqdm import tqdm
 
-    def table(values: torch.Tensor) -> list[list[float | None]]:
-        return [[number(x) for x in row] for row in values.tolist()]
+    with tqdm(total=total, desc="sample", unit="text", disable=not show) as bar:
+        yield bar.update
 
-    return {
-        "texts": texts,
-        "tokens": sample.tokens.tolist(),
-        "nfe": sample.nfe,
-        "energy_nfe": sample.energy_nfe,
-        "step_times": table(sample.step_times),
-        "ess": table(sample.ess),
-        "log_Z": table(sample.log_Z),
-        "stage_seconds": sample.stage_seconds,
-    }
+
+@contextlib.contextmanager
+def _watch(options: argparse.Namespace, decoder: Decoder, batches: TextBatches) -> Iterator[Callable[[], Any]]:
+    """What gives, for each batch, a context with its ``on_step``."""
+    if not options.watch:
+        yield contextlib.nullcontext
+        return
+    from ..view import Watch
+
+    # All of a batch: what it leaves on the terminal are the texts.
+    watch = Watch(decoder.tokenizer.decode, decoder.mask_token_id, rows=len(batches.indices(0)))
+    yield lambda: watch
+
+
+def _page(options: argparse.Namespace, decoder: Decoder, sample: SampleOutput) -> None:
+    from ..view import write_page
+    from .decoder import given
+
+    settings = {"model": options.model, "energy": options.energy, "seed": options.seed, **given(options)}
+    shown = {name: value for name, value in settings.items() if value is not None}
+    decode = decoder.tokenizer.decode
+    write_page(options.html, sample, mask_token_id=decoder.mask_token_id, decode=decode, title="edlm sample", settings=shown)
+    print(f"# written: {options.html}", file=sys.stderr)
+
+
+# --- into a file ------------------------------------------------------------------------------------------------------------------
+
+
+def _to_file(options: argparse.Namespace, decoder: Decoder, batches: TextBatches, prompts: list[str] | None, world: World) -> int:
+    import torch
+
+    from .sample_file import SampleFile
+
+    free = {} if options.threads is not None or world.device.type != "cpu" else {"--threads": torch.get_num_threads()}
+    with SampleFile(options.out, batches.total, {"model": options.model, "energy": options.energy}) as file:
+
+        def begin() -> tuple[list[int], int | None]:
+            if not file.begin(_settings(options, world.device), options.resume, free):
+                return [], None
+            return file.missing((k, batches.indices(k)) for k in range(len(batches))), file.settings.get("--threads")
+
+        try:
+            todo, threads = world.first(begin)
+        except (ValueError, OSError):
+            if world.rank == 0:
+                raise
+            return 2  # the first process says why
+        if threads is not None:
+            _set_threads(threads)
+        wait = _waiting(world)
+        try:
+            tally = _fill(file, decoder, batches, prompts, world, todo[world.rank :: world.size])
+        except BaseException as stop:
+            if world.size == 1:
+                file.abandon()
+            if isinstance(stop, KeyboardInterrupt) and world.rank == 0 and file.folder.is_dir():
+                print(f"edlm: interrupted; {file.folder} holds what is done: --resume goes on from there", file=sys.stderr)
+            raise
+        wait()
+        if world.rank == 0:
+            if file.folder.is_dir():
+                file.finish()
+            if todo:
+                print(f"{tally}{' (the first process)' if world.size > 1 else ''}", file=sys.stderr)
+            print(f"written: {options.out}, {batches.total} texts")
+    return 0
+
+
+def _fill(
+    file: SampleFile, decoder: Decoder, batches: TextBatches, prompts: list[str] | None, world: World, mine: list[int]
+) -> Tally:
+    """Decode the batches ``mine``, and append each to this process's part."""
+    from .sample_json import records
+    from .tally import Tally
+
+    tally = Tally()
+    if not mine:
+        return tally
+    count = sum(len(batches.indices(k)) for k in mine)
+    show = world.rank == 0 and sys.stderr.isatty()
+    with file.part(world.rank, world.size) as part, _bar(count, show) as advance:
+        for k in mine:
+            indices = batches.indices(k)
+            sample = decoder(**batches.arguments(k))
+            seeds, texts = [batches.seed_of(n) for n in indices], _texts(sample, decoder)
+            lines = records(sample, indices=indices, seeds=seeds, texts=texts, corrected=decoder.corrected)
+            if prompts is not None:
+                lines = [line | {"prompt": prompts[line["index"] // batches.num]} for line in lines]
+            part.append(lines)
+            tally.add(sample)
+            advance(len(indices))
+    return tally
+
+
+def _waiting(world: World) -> Callable[[], object]:
+    """What returns once all processes have called it. One that ends before takes the others with it, and torchrun all of them."""
+    if world.size == 1:
+        return lambda: None
+    import torch.distributed as dist
+
+    # The group of the world would give up after minutes; shares take as long as they take.
+    group = dist.new_group(backend="gloo", timeout=_WAIT)
+
+    def wait() -> None:
+        try:
+            dist.barrier(group=group)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise ChildProcessError(f"another process has ended ({reason}); what is done is kept: --resume goes on") from None
+
+    return wait
+
+
+def _settings(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Everything that a record depends on, by the names of the options."""
+    import torch
+
+    from .decoder import flag, given
+
+    num = options.num or (4 if options.prompt_file is None else 1)
+    plain = {"num": num, "batch_size": options.batch_size, "seed": options.seed, "length": options.length}
+    plain |= {"prompt": options.prompt, "stop": options.stop, "carry_over": options.carry_over or None, **given(options)}
+    named = {flag(name): value for name, value in plain.items() if value is not None}
+    if options.threads is not None and device.type == "cpu":
+        named["--threads"] = options.threads
+    if options.prompt_file is not None:
+        named["--prompt-file"] = "sha256 " + hashlib.sha256(Path(options.prompt_file).read_bytes()).hexdigest()
+    named["model"] = _contents(options.model)
+    if options.energy:
+        named["--energy"] = _contents(options.energy)
+    return named | {"--device": device.type, "edlm": __version__, "torch": torch.__version__}
+
+
+def _contents(path: str) -> str:
+    """A model by what its manifest says of it: sizes, names, and checksums of its weights."""
+    from .. import checkpoint
+
+    folder, _ = checkpoint.verify(model_folder(path))
+    return "sha256 " + hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
