@@ -24,9 +24,10 @@ class Denoiser(Protocol):
     Where the head is one linear layer it may be offered as ``output_layer`` too (``weight`` [V, D], ``bias`` [V] or None): the losses
     then score tokens without ever storing logits.
 
-    ``max_length`` (int, or None for any): a denoiser that has it is never asked for more positions. ``prepare(rows, columns, masked)``:
-    a denoiser that keeps something a sequence, such as a KV cache, is told before each call, on the host, which sequences of the batch
-    come (int64 [R]), which columns of them (first, one past the last), and where they are masked (bool [R, W]).
+    ``max_length`` (int, or None for any): a denoiser that has it is never asked for more positions. ``prepare(number,
+    rows, columns, masked)``: a denoiser that keeps something a sequence, such as a KV cache, is told before each call, on the host, the
+    number of the step (0 is a new run), which sequences of the batch come (int64 [R]), which columns of them (first, one past the
+    last), and where they are masked (bool [R, W]). It is not used with particles or a fixed shape.
     """
 
     mask_token_id: int
@@ -46,7 +47,7 @@ class EnergyModel(Protocol):
 
     ``x0`` int64 [B, K, L]: candidates, equal to ``xt`` where ``xt`` is not masked. ``xt`` int64 [B, L]; ``t`` float [B].
     ``log_p`` float32 [B, K, L]: log mu of each candidate's token under the untempered, unfiltered proposal, 0 at clean positions.
-    Returns energy float [B, K] in nats.
+    Returns energy float [B, K] in nats. What it is given is overwritten by the next step: to keep something is to copy it.
 
     An energy model may also offer ``score(x0, xt, t, log_p, *, masked) -> energy``, equal to the call, for those who know on the host
     which positions of xt are masked (bool [B, L] on the CPU), and ``vocab_size``: the ids 0 .. vocab_size - 1 are read, or None.

@@ -83,7 +83,7 @@ REACHES = [
     (ENERGY, ("--window", 0.25, 1), {"window": (0.25, 1.0)}),
     (ENERGY, ("--window", "auto", "--window-ess", 0.5), {"window": "auto", "window_ess": 0.5}),
     (ENERGY, ("--energy-temperature", 2), {"energy_temperature": 2.0}),
-    (ENERGY, ("--energy-rows", 4), {"energy_rows": 4}),
+    (ENERGY, ("--energy-batch-size", 4), {"energy_batch_size": 4}),
     (
         ENERGY,
         ("--num-particles", 3, "--resample-threshold", 0.25, "--resample-scheme", "residual"),

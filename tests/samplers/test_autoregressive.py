@@ -132,6 +132,32 @@ def test_bad_models(universe):
         NextToken(TabularLogits(universe), 7)
 
 
+def test_the_cache_is_of_one_run(universe):
+    """The same object again, after a run that was broken off, with another prompt: nothing of the old cache is used."""
+    denoiser = NextToken(CachedLogits(universe))
+
+    def stop(report):
+        if report.number == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(denoiser, batch_size=20, length=3, sampler="left_to_right", seed=76, on_step=stop)
+    prompt = torch.tensor([(2, 3, 3)]).repeat(20, 1)
+    for _ in range(2):
+        again = generate(denoiser, prompt=prompt, sampler="left_to_right", seed=77)
+        assert torch.equal(again.tokens, sample_autoregressive(CachedLogits(universe), prompt=prompt, seed=77).tokens)
+
+
+def test_other_orders_are_refused(universe):
+    for sampler, steps in (("ancestral", 3), ("first_hitting", None)):
+        with pytest.raises(
+            ValueError, match=r"NextToken knows one position of all sequences at a time: expected sampler='left_to_right'"
+        ):
+            generate(NextToken(CachedLogits(universe)), batch_size=20, length=3, sampler=sampler, steps=steps)
+    with pytest.raises(ValueError, match="compact: expected True with a denoiser that keeps something a sequence"):
+        generate(NextToken(CachedLogits(universe)), batch_size=2, length=3, sampler="left_to_right", compact=False)
+
+
 def test_it_is_the_same_loop(universe):
     denoiser = NextToken(CachedLogits(universe))
     a = generate(denoiser, batch_size=20, length=3, sampler="left_to_right", seed=75, return_history=True)

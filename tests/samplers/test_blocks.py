@@ -96,7 +96,9 @@ def test_max_length_is_the_context(four):
         generate(denoiser, batch_size=1, length=4, steps=2, block_length=1, context_length=3)
     with pytest.raises(ValueError, match=r"context_length: a network sees 2 of 4 tokens only where they are decoded in blocks"):
         generate(denoiser, batch_size=1, length=4, steps=2, context_length=2)
-    with pytest.raises(ValueError, match=r"context_length: expected at least block_length = 2, got 1"):
+    with pytest.raises(
+        ValueError, match=r"context_length: expected at least the 2 columns of a block, got 1; take block_length <= 1"
+    ):
         generate(denoiser, batch_size=1, length=4, steps=2, block_length=2, context_length=1)
     a = generate(denoiser, batch_size=20, length=4, steps=2, block_length=1, seed=1)
     b = generate(denoiser, batch_size=20, length=4, steps=2, block_length=1, context_length=2, seed=1)
@@ -154,6 +156,27 @@ def test_stop_token(four, sampler, block_length):
     assert torch.equal(default.tokens, torch.where(torch.arange(4) < ends[:, None], out.tokens, 1))
 
 
+def test_an_end_is_seen_where_the_last_step_of_its_block_is_left_out(four):
+    """With remasking a sequence ends at a block's end, whoever else is in the batch: the tables are those of the sequence alone."""
+    denoiser = TabularDenoiser(four)
+    common = {"length": 4, "sampler": "remasking", "steps": 6, "remask_prob": 0.5, "stop_token_id": 1, "block_length": 2}
+    out = generate(denoiser, batch_size=60, seed=54, **common)
+    for b in range(60):
+        alone = generate(denoiser, batch_size=1, seed=54 + b, **common)
+        here = ~out.step_times[:, b].isnan()
+        assert torch.equal(out.step_times[here, b], alone.step_times[:, 0])
+        assert torch.equal(out.tokens[b], alone.tokens[0])
+
+
+def test_the_loop_ends_with_the_last_sequence(four):
+    looked = []
+    denoiser = TabularDenoiser(four)
+    out = generate(
+        denoiser, batch_size=3, length=4, sampler="left_to_right", stop_token_id=1, temperature=0.0, on_step=looked.append, seed=1
+    )
+    assert out.nfe == len(looked) == int(out.lengths.max())
+
+
 def test_bad_ends(four):
     denoiser = TabularDenoiser(four)
     full = {"batch_size": 2, "length": 4, "steps": 2}
@@ -167,6 +190,10 @@ def test_bad_ends(four):
         (
             {"lengths": torch.tensor([4]), "pad_token_id": 0},
             r"lengths: expected an int64 tensor \[B\] = \[2\], got torch.int64 \[1\]",
+        ),
+        (
+            {"prompt": torch.tensor([(0, 1, 2, 2)]), "batch_size": None, "lengths": torch.tensor([2]), "pad_token_id": 0},
+            r"prompt, lengths: expected a mask within the length of some sequence, got none",
         ),
         ({"block_length": 0}, r"block_length: expected an int >= 1, got 0"),
     ):

@@ -47,8 +47,10 @@ def test_share_of_equal_tokens(denoiser, kind, block_length):
     assert (~whole.ess.isnan()).any() and float(whole.ess.nanmean()) < 5.9  # the energy has a say
     for max_bytes, rows in ((1, None), (1 << 20, None), (256 << 20, 7), (256 << 20, 1)):
         energy.max_bytes = max_bytes
-        out = generate(denoiser, energy_rows=rows, **common)
+        out = generate(denoiser, energy_batch_size=rows, **common)
         equal = float((out.tokens == whole.tokens).double().mean())
-        print(f"{kind}, blocks of {block_length}: max_bytes {max_bytes}, energy_rows {rows}: {equal:.4f} of the tokens are equal")
+        print(
+            f"{kind}, blocks of {block_length}: max_bytes {max_bytes}, energy_batch_size {rows}: {equal:.4f} of the tokens are equal"
+        )
         assert equal > 0.95
     energy.max_bytes = 256 << 20

@@ -143,12 +143,12 @@ def test_calls_of_any_size_are_one(universe, denoiser, energy, rows):
 
     common = {"batch_size": 40, "length": 3, "steps": 3, "num_candidates": 5, "window": (0, 1), "seed": 64}
     whole = generate(denoiser, energy=energy, **common)
-    parts = generate(denoiser, energy=recording, energy_rows=rows, **common)
+    parts = generate(denoiser, energy=recording, energy_batch_size=rows, **common)
     assert torch.equal(whole.tokens, parts.tokens)
     assert torch.equal(whole.ess.nan_to_num(), parts.ess.nan_to_num())
     assert max(sizes) <= rows and parts.energy_nfe == len(sizes)
-    with pytest.raises(ValueError, match="energy_rows: expected an int >= 1, or None for no bound, got 0"):
-        generate(denoiser, energy=energy, energy_rows=0, **common)
+    with pytest.raises(ValueError, match="energy_batch_size: expected an int >= 1, or None for no bound, got 0"):
+        generate(denoiser, energy=energy, energy_batch_size=0, **common)
 
 
 def test_score_is_asked_with_what_the_host_knows(universe, denoiser, energy):
@@ -199,6 +199,17 @@ def test_wrong_energies_are_named(universe, denoiser, bad, said):
         )  # fmt: skip
 
 
+def test_auto_goes_on_where_the_first_are_excluded(universe, denoiser):
+    """What K = 64 finds, "auto" with that cap finds too, though all of the first few are impossible."""
+
+    def energy(x0, xt, t, log_p):
+        return torch.where(x0[..., 0] == 2, 0.0, math.inf)
+
+    common = {"batch_size": 200, "length": 3, "steps": 1, "energy": energy, "window": (0, 1), "seed": 67}
+    out = generate(denoiser, num_candidates="auto", ess_target=2.0, max_candidates=64, **common)
+    assert (out.tokens[:, 0] == 2).all() and out.ess.min() >= 2 and out.num_candidates.unique().numel() > 2
+
+
 def test_raising_p_ar_raises_the_choice(universe, denoiser):
     """More mass of the autoregressive model on one sequence: it is chosen more often, as the enumerated law says."""
     from edlm.models import ARResidualEnergy
@@ -219,7 +230,7 @@ def test_raising_p_ar_raises_the_choice(universe, denoiser):
 
 
 def test_expected_log_z_rises_towards_log_z(rough):
-    """E[T_n], n = 1, 2, 3, against its own enumeration (five standard errors), rising, and below log Z."""
+    """E[T_n], n = 2, 3, 4, of the sampler against its own enumeration (five standard errors); that rises, and stays below log Z."""
     universe, denoiser, energy = rough
     mu, e = universe.product((2, 2)), energy((2, 2))
     log_z = float((mu * torch.exp(-e)).sum().log())
@@ -247,13 +258,23 @@ def test_expected_log_z_rises_towards_log_z(rough):
 
 BAD = [
     ({"num_candidates": "all"}, r"num_candidates: expected an int >= 1, or auto, got 'all'"),
-    ({"num_candidates": "auto", "ess_target": 40.0}, r"ess_target: expected 1 .. max_candidates = 32, got 40.0"),
+    ({"num_candidates": "auto", "ess_target": 40.0}, r"ess_target: expected a number in 1 .. max_candidates = 32, got 40.0"),
     ({"num_candidates": "auto", "max_candidates": 0}, r"max_candidates: expected an int >= 1, got 0"),
     ({"window": "auto", "window_ess": 1.5}, r"window_ess: expected a share of the candidates in \(0, 1\], got 1.5"),
     ({"window": "automatic"}, r"window: expected a pair \(lo, hi\), or 'auto', got 'automatic'"),
     ({"num_particles": 0}, r"num_particles: expected an int >= 1, got 0"),
     ({"num_particles": 4, "energy": None}, r"num_particles: 4 particles need an energy"),
     ({"num_particles": 4, "energy_temperature": 0}, r"energy_temperature: expected a number > 0 with particles"),
+    ({"num_particles": 4, "num_candidates": "auto"}, r"num_candidates, window: expected numbers with particles, got 'auto'"),
+    ({"num_particles": 4, "window": "auto"}, r"num_candidates, window: expected numbers with particles, got 'auto'"),
+    ({"energy_temperature": "hot"}, r"energy_temperature: expected a number >= 0 .* got 'hot'"),
+    ({"energy_temperature": None}, r"energy_temperature: expected a number >= 0 .* got None"),
+    ({"temperature": torch.ones(1)}, r"temperature: expected a number, got tensor"),
+    ({"top_p": "0.9"}, r"top_p: expected a number, got '0.9'"),
+    ({"schedule": "cosine"}, r"schedule: expected an edlm.diffusion.NoiseSchedule, got 'cosine'"),
+    ({"on_step": 3}, r"on_step: expected a callable that takes a StepReport, got 3"),
+    ({"max_candidates": None, "num_candidates": "auto"}, r"max_candidates: expected an int >= 1, got None"),
+    ({"window": [0.5]}, r"window: expected a pair \(lo, hi\), or 'auto', got \[0.5\]"),
     ({"resample_threshold": -1}, r"resample_threshold: expected a share of the particles in \[0, 1\], got -1"),
     ({"resample_scheme": "best"}, r"resample_scheme: expected one of systematic, .* got 'best'"),
     ({"remask_prob": 0.1}, r"remask_prob: it is for the remasking sampler, got 0.1 with 'ancestral'"),

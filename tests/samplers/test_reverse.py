@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from edlm.ops import deferred_checks
 from edlm.samplers import generate
 from edlm.samplers.choose import Scorer
 from edlm.samplers.ends import Ends
+from edlm.samplers.move import Move, Names
 from edlm.samplers.propose import Proposal
-from edlm.samplers.reverse import Move, Names, Reverse
+from edlm.samplers.reverse import Reverse
 from edlm.samplers.stages import Stages
 from exact import TabularDenoiser
 
@@ -65,28 +67,15 @@ def test_compaction_changes_no_bit(universe, denoiser, energy, sampler, variant)
         assert torch.equal(first.tokens, plain.tokens) and torch.equal(first.tokens, never.tokens)
 
 
-def test_the_head_sees_what_is_needed(universe, denoiser, energy):
-    """Masked rows of sequences in the window, opening rows of the others, and nothing of those in which nothing opens."""
-    split = Split(denoiser)
-    out = generate(
-        split, batch_size=50, length=3, sampler="first_hitting", seed=14, energy=energy, num_candidates=3, window=(0.5, 1),
-        return_history=True,
-    )  # fmt: skip
-    before = out.history[:-1] == universe.mask
-    opened = before & (out.history[1:] != universe.mask)
-    assert split.rows == torch.where((out.step_times > 0.5)[..., None], before, opened).sum((1, 2)).tolist()
-
-
 def test_candidates_are_allocated_once(universe, denoiser):
     """The buffers of the largest step serve all others."""
     proposal = Proposal(Split(denoiser), True, temperature=1.0, top_k=None, top_p=None, min_p=None)
     xt = torch.full((8, 3), universe.mask)
-    seed = torch.arange(8)
     places = set()
     for rows in (8, 3, 8, 1):
-        drawn = proposal.draw(
-            denoiser(xt[:rows], None), xt[:rows], torch.ones(rows, 3, dtype=torch.bool), 5, seed=seed[:rows], offset=seed[:rows]
-        )
+        part, ones = xt[:rows], torch.ones(rows, 3)
+        move = Move(part, ones[:, 0], torch.arange(rows), torch.arange(rows), ones, ones.bool(), ones[:, 0].bool())
+        drawn = proposal.draw(denoiser(part, None), move, 5, Names(0, torch.arange(rows), (0, 3), ones.bool()))
         places.add((drawn.tokens.data_ptr(), drawn.log_probs.data_ptr()))
         assert drawn.tokens.is_contiguous() and (drawn.tokens != universe.mask).all() and (drawn.log_probs < 0).any()
     assert len(places) == 1
@@ -133,9 +122,9 @@ def test_a_fixed_shape_reads_nothing_back(halves, scored):
     )
     stages = Stages(meta)
     proposal = Proposal(network, False, temperature=0.9, top_k=5, top_p=None, min_p=None)
-    scorer = Scorer(energy_of, 3, None, 1.0, True, None, 1, stages)
+    scorer = Scorer(energy_of, 3, None, 1.0, True, None, stages)
     reverse = Reverse(network, proposal, scorer, stages, compact=False)
-    names = Names("step 0", torch.arange(batch), (0, length), torch.ones(batch, length, dtype=torch.bool))
+    names = Names(0, torch.arange(batch), (0, length), torch.ones(batch, length, dtype=torch.bool))
     with contextlib.suppress(Done), torch.no_grad(), deferred_checks():
         xs, choice = reverse(move, names, scored)
         raise Done
@@ -169,23 +158,6 @@ def test_the_loop_waits_for_no_device(monkeypatch, halves, sampler, variant):
         assert out.energy_nfe >= 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
-def test_a_captured_graph_gives_the_same_tokens():
-    torch.manual_seed(0)
-    config = DiTConfig(vocab_size=100, mask_token_id=99, dim=64, num_layers=2, num_heads=2)
-    model = DiT(config).cuda().eval()
-    torch.nn.init.normal_(model.linear.weight, std=0.3)
-    common = {
-        "batch_size": 4, "length": 32, "steps": 16, "energy": energy_of, "num_candidates": 4, "window": (0.5, 1), "seed": 3,
-        "device": "cuda",
-    }  # fmt: skip
-    fixed = generate(model, compact=False, **common)
-    graph = generate(model, compact=False, cuda_graph=True, **common)
-    assert torch.equal(fixed.tokens, graph.tokens) and fixed.energy_nfe == graph.energy_nfe
-    compacted = generate(model, **common)
-    assert (compacted.tokens == fixed.tokens).double().mean() > 0.9
-
-
 def test_a_real_network_is_the_same_to_rounding():
     """The share of equal tokens, compact against not: shapes of matrix products differ, and a rare token with them."""
     torch.manual_seed(0)
@@ -195,10 +167,9 @@ def test_a_real_network_is_the_same_to_rounding():
         "batch_size": 6, "length": 40, "steps": 20, "energy": energy_of, "num_candidates": 4, "window": (0.5, 1), "seed": 3,
     }  # fmt: skip
     compact, fixed = generate(model, **common), generate(model, compact=False, **common)
-    assert (compact.tokens == fixed.tokens).all(1).double().mean() >= 0.5
-    assert (compact.tokens == fixed.tokens).double().mean() > 0.8
+    assert (compact.tokens == fixed.tokens).double().mean() > 0.98
     one = generate(model, **{**common, "batch_size": 1, "seed": 5})
-    assert (one.tokens[0] == compact.tokens[2]).double().mean() > 0.8
+    assert (one.tokens[0] == compact.tokens[2]).double().mean() > 0.98
 
 
 def test_prepare_tells_what_comes(universe, denoiser):
@@ -207,14 +178,73 @@ def test_prepare_tells_what_comes(universe, denoiser):
     class Told(TabularDenoiser):
         told = None
 
-        def prepare(self, rows, columns, masked):
-            self.told = (rows, columns, masked)
+        def prepare(self, number, rows, columns, masked):
+            self.told = (number, rows, columns, masked)
 
         def __call__(self, xt, t):
-            rows, columns, masked = self.told
+            number, rows, columns, masked = self.told
             assert len(rows) == len(xt) and columns == (0, 3) and torch.equal(masked, xt == universe.mask)
+            assert number == self.calls
             return super().__call__(xt, t)
 
     told = Told(universe)
     out = generate(told, batch_size=40, length=3, steps=5, seed=4)
     assert torch.equal(out.tokens, generate(denoiser, batch_size=40, length=3, steps=5, seed=4).tokens)
+    with pytest.raises(ValueError, match=r"compact: expected True with a denoiser that keeps something a sequence"):
+        generate(told, batch_size=4, length=3, steps=5, compact=False)
+    with pytest.raises(ValueError, match=r"num_particles: expected 1 with a denoiser that keeps something a sequence .* got 2"):
+        generate(told, batch_size=4, length=3, steps=5, energy=energy_of, num_particles=2)
+
+
+def test_a_fixed_shape_does_not_mind_who_is_not_scored(universe, denoiser, energy):
+    """An energy that has no value for a complete sequence: it is asked of all, and heard of those in the window."""
+
+    def mean(x0, xt, t, log_p):
+        masks = (xt == universe.mask).sum(1)
+        return energy(x0, xt, t, log_p) / torch.where(masks > 0, masks, math.nan)[:, None]
+
+    prompt = torch.tensor([(3, 3, 3), (1, 3, 3), (0, 1, 2), (3, 3, 2)]).repeat(20, 1)
+    common = {"prompt": prompt, "steps": 4, "energy": mean, "num_candidates": 3, "window": (0.3, 1), "seed": 82}
+    compact, fixed = generate(denoiser, **common), generate(denoiser, compact=False, **common)
+    assert torch.equal(compact.tokens, fixed.tokens) and torch.equal(compact.ess.nan_to_num(), fixed.ess.nan_to_num())
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_wrong_logits_are_named(universe, denoiser, split, bad):
+    """Sequence and position of the batch, and the step; the first sequences are complete, so that rows of a step are others."""
+
+    class Bad:
+        mask_token_id, vocab_size = 3, 4
+
+        def __call__(self, xt, t):
+            logits = denoiser(xt, t)
+            logits[(xt[:, 0] == 2)] = bad
+            return logits
+
+    prompt = torch.tensor([(0, 1, 2), (1, 1, 1), (1, 3, 0), (2, 0, 3), (3, 3, 3)])
+    with pytest.raises(ValueError, match=r"denoiser: expected logits .* got others at position 2 of sequence 3 in step 0$"):
+        generate(Split(Bad()) if split else Bad(), prompt=prompt, sampler="first_hitting")
+
+
+def test_wrong_shapes_are_named(denoiser):
+    class Halves:
+        mask_token_id, vocab_size, wide, narrow = 3, 4, 4, False
+
+        def hidden(self, xt, t):
+            return torch.zeros(*xt.shape, 2)[:, : xt.shape[1] - self.narrow]
+
+        def head(self, rows):
+            return torch.zeros(len(rows), self.wide)
+
+    full = {"batch_size": 2, "length": 3, "steps": 1}
+    network = Halves()
+    for compact in (True, False):
+        for network.wide in (3, 6):
+            with pytest.raises(
+                ValueError, match=rf"denoiser: expected logits \[N, V\] = \[6, 4\] of its head, got \[6, {network.wide}\]"
+            ):
+                generate(network, compact=compact, **full)
+    network.narrow = True
+    with pytest.raises(ValueError, match=r"denoiser: expected hidden \[B, L, D\] = \[2, 3, D\], got \[2, 2, 2\]"):
+        generate(network, **full)

@@ -49,6 +49,17 @@ def test_the_energy_is_that_of_the_candidate_taken(universe, denoiser):
     assert torch.equal(out.energy[0], value[universe.index(out.tokens)])
 
 
+def test_reports_are_copies(universe, denoiser, energy):
+    def spoil(report):
+        for name in ("ess", "log_Z", "energy", "num_candidates", "tokens", "t", "rows"):
+            getattr(report, name).fill_(1)
+
+    common = {"batch_size": 20, "length": 3, "steps": 3, "energy": energy, "num_candidates": 2, "window": (0, 1), "seed": 93}
+    plain, spoilt = generate(denoiser, **common), generate(denoiser, on_step=spoil, **common)
+    for name in ("ess", "log_Z", "energy", "num_candidates", "tokens", "step_times"):
+        assert torch.equal(getattr(plain, name).nan_to_num(), getattr(spoilt, name).nan_to_num())
+
+
 def test_the_prompt_is_not_written_to(universe, denoiser):
     prompt = torch.full((4, 3), universe.mask)
     out = generate(denoiser, prompt=prompt, steps=2)

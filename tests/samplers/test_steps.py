@@ -160,6 +160,15 @@ def test_as_many_are_masked_as_without_remasking():
         assert g_test(counted, torch.cat([live, 1 - live.sum()[None]])) > 1e-6
 
 
+@pytest.mark.parametrize("options", [{"block_length": 2}, {"block_length": 2, "context": 3}], ids=str)
+def test_times_run_down_in_each_block_from_left_to_right(options):
+    steps, _ = plan(LeftToRight(), torch.ones(2, 6, dtype=torch.bool), window=(0.6, 1.0), **options)
+    made = list(steps)
+    assert [float(step.t[0]) for step in made] == [1.0, 0.5] * 3
+    assert [bool(step.in_window[0]) for step in made] == [True, False] * 3
+    assert [step.ends_block for step in made] == [False, True] * 3
+
+
 def test_law_from_left_to_right(universe, denoiser, energy):
     """Any denoiser, with an energy: position after position, each from the completed law."""
 

@@ -22,7 +22,7 @@ CORRECTION = (
     "window",
     "window_ess",
     "energy_temperature",
-    "energy_rows",
+    "energy_batch_size",
     "num_particles",
     "resample_threshold",
     "resample_scheme",
@@ -74,7 +74,7 @@ def check(options: argparse.Namespace) -> None:
     for name, other, value in _MEANINGLESS:
         if getattr(options, name) is not None and getattr(options, other) != value:
             raise ValueError(f"{flag(name)}: it is for {flag(other)} {value}, got {getattr(options, other)}; leave it out")
-    for name in ("window", "energy_temperature", "energy_rows"):
+    for name in ("window", "energy_temperature", "energy_batch_size"):
         if getattr(options, name) is not None and not options.energy:
             raise ValueError(f"{flag(name)}: it is about an energy, got none; give --energy as well, or leave it out")
     for name in ("resample_threshold", "resample_scheme"):

@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     energy.add_argument("--window", nargs="+", metavar=("LO", "HI"), help="energy iff LO < t <= HI; or auto (default: 0.8 1)")
     energy.add_argument("--window-ess", type=float, help="auto window: ends at this ESS / K (default: 0.95)")
     energy.add_argument("--energy-temperature", type=float, help="0 picks the lowest energy (default: 1)")
-    energy.add_argument("--energy-rows", type=int, help="completions scored at a time (default: all of a batch)")
+    energy.add_argument("--energy-batch-size", type=int, help="completions scored at a time (default: all of a batch)")
     energy.add_argument("--num-particles", type=int, help="sequential Monte Carlo with so many a text (default: 1)")
     energy.add_argument("--resample-threshold", type=float, help="below this ESS / particles (default: 0.5)")
     energy.add_argument("--resample-scheme", help="systematic, stratified, residual, multinomial (default: systematic)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..ops import gather_log_probs, linear_log_probs
+from ..ops import gather_log_probs, linear_log_probs, upload
 from ..protocols import CausalLM, offers_cache
 
 # One more pass of the network costs about as much as this many tokens more in a large one: what a group of its own has to save.
@@ -53,7 +53,7 @@ def ar_residual(
     if carry_over:
         # Not a product with 0: a token that the model holds impossible has -inf.
         terms = terms.masked_fill((xt != mask_token_id)[:, None], 0.0)
-    return (log_p.double().sum(-1) - terms.sum(-1)).float()
+    return (log_p.sum(-1, dtype=torch.float64) - terms.sum(-1)).float()
 
 
 def _check_shapes(x0: torch.Tensor, xt: torch.Tensor, log_p: torch.Tensor) -> None:
@@ -70,6 +70,9 @@ def _check_mask(carry_over: bool, mask_token_id: int | None) -> None:
         )
 
 
+_MOST_PREFIXES = 64  # in a group: the search is quadratic up to there, and linear behind
+
+
 def group_by_prefix(prefix: list[int], end: list[int], num_candidates: int, pass_tokens: int) -> list[tuple[list[int], int, int]]:
     """Which sequences go through the network together, and how many first positions each of them then shares among its candidates.
 
@@ -78,8 +81,9 @@ def group_by_prefix(prefix: list[int], end: list[int], num_candidates: int, pass
     the smallest prefix and K times from there (n prefix + n K (end - prefix) tokens, two passes, or one if nothing is left).
 
     Returns:
-        [(sequences, shared, end)]: of all partitions of the sequences in order of their prefixes (equal ones stay together) the one
-        with the smallest sum of tokens + ``pass_tokens`` x passes. ``shared`` is 0 where it does not pay.
+        [(sequences, shared, end)]: of the partitions of the sequences in order of their prefixes (equal ones stay together, and at most
+        64 different ones are in a group) the one with the smallest sum of tokens + ``pass_tokens`` x passes. ``shared`` is 0 where it
+        does not pay.
     """
     runs: dict[int, list[int]] = {}
     for b in sorted(range(len(prefix)), key=prefix.__getitem__):
@@ -88,7 +92,7 @@ def group_by_prefix(prefix: list[int], end: list[int], num_candidates: int, pass
     best: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)]  # of the first j runs: cost, where the last group starts, shared, end
     for j in range(1, len(cuts) + 1):
         options, count, last = [], 0, 0
-        for i in range(j - 1, -1, -1):
+        for i in range(j - 1, max(-1, j - 1 - _MOST_PREFIXES), -1):
             count, last = count + len(members[i]), max(last, *(end[b] for b in members[i]))
             for shared in {0, cuts[i]}:
                 tokens = count * (shared + num_candidates * (last - shared))
@@ -222,9 +226,9 @@ class ARResidualEnergy:
         for members, shared, last in groups:
             once = shared * (self.bytes_per_token + self.cache_bytes_per_token)
             for part in torch.tensor([there[m] for m in members]).split(max(1, self.max_bytes // once) if once else batch):
-                index = part.to(x0.device, non_blocking=True)
+                index = upload(part, x0.device)
                 log_ar[index] = self._continue(x0[index, :, :last], wanted[part, :last], shared)
-        return (log_p.double().sum(-1) - log_ar).float()
+        return (log_p.sum(-1, dtype=torch.float64) - log_ar).float()
 
     def _continue(self, x0: torch.Tensor, wanted: torch.Tensor, shared: int) -> torch.Tensor:
         """sum log p_AR over ``wanted`` (bool [n, L], on the CPU) of x0 [n, K, L], whose first ``shared`` tokens are the same for all
@@ -247,14 +251,14 @@ class ARResidualEnergy:
         for first in range(0, n * k, chunk):
             part = slice(first, first + chunk)
             tokens, owner = rows[part, shared:], torch.arange(first, min(first + chunk, n * k)) // k
-            past = None if cache is None else cache.rows(owner.to(x0.device, non_blocking=True))
+            past = None if cache is None else cache.rows(upload(owner, x0.device))
             hidden = self._extend(tokens[:, :-1], past, keep=False)[0].flatten(0, 1)
             here = wanted[owner, shared:].flatten()
             terms = torch.zeros(len(here), dtype=torch.float64, device=x0.device)
             if here.all():
                 terms[:] = self._log_probs(hidden, tokens[:, 1:].flatten())
             else:
-                at = here.nonzero().squeeze(1).to(x0.device, non_blocking=True)
+                at = upload(here.nonzero().squeeze(1), x0.device)
                 terms[at] = self._log_probs(hidden[at], tokens[:, 1:].flatten()[at]).double()
             out[part] += terms.view(-1, size).sum(1)
         return out.view(n, k)

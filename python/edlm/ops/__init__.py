@@ -7,6 +7,7 @@ from .importance import Selection, resample, reverse_step, select_candidate
 from .linear import linear_log_probs
 from .log_probs import gather_log_probs
 from .sampling import Candidates, sample_candidates, sample_categorical
+from .upload import upload
 
 __all__ = [
     "Candidates",
@@ -24,4 +25,5 @@ __all__ = [
     "sample_candidates",
     "sample_categorical",
     "select_candidate",
+    "upload",
 ]

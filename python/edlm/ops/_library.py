@@ -209,6 +209,15 @@ class Reports:
     def add(self, name: str, invalid: torch.Tensor, describe: Callable[[int], str]) -> None:
         self._reports.append((name, invalid, describe))
 
+    def __len__(self) -> int:
+        return len(self._reports)
+
+    def take(self, since: int) -> list[tuple[str, torch.Tensor, Callable[[int], str]]]:
+        """What was added after the first ``since``, which it loses: the arguments of ``add``, for whoever replays those ops."""
+        taken = self._reports[since:]
+        del self._reports[since:]
+        return taken
+
     def status(self) -> torch.Tensor:
         """int64 [n] on the CPU: for each op called so far its code, -1 where its rows were good. Waits for the devices."""
         return (

@@ -8,14 +8,22 @@ import os
 import torch
 
 from ..diffusion import LogLinearSchedule, NoiseSchedule
+from ..ops import backends
 from ..ops._philox import expand_seed
 from ..ops.importance import SCHEMES
-from ..protocols import Denoiser, EnergyModel
+from ..protocols import Denoiser, EnergyModel, offers_head
 from .steps import Ancestral, Clock, FirstHitting, LeftToRight, Remasking
 
 SAMPLERS = ("ancestral", "first_hitting", "remasking", "left_to_right")
 ON_A_GRID = ("ancestral", "remasking")
 _MOST_OFFSETS = 2**32  # where the step's word of the RNG counter ends
+
+
+def _number(name: str, value: object, low: float, high: float, meaning: str) -> float:
+    """A number in low .. high, both included."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"{name}: expected {meaning}, got {value!r}")
+    return value
 
 
 def check_denoiser(denoiser: Denoiser) -> tuple[int, int]:
@@ -28,6 +36,8 @@ def check_denoiser(denoiser: Denoiser) -> tuple[int, int]:
         raise ValueError(
             f"denoiser: mask_token_id: expected an id in 0 .. {denoiser.vocab_size - 1}, got {denoiser.mask_token_id}"
         )
+    if not callable(denoiser) and not offers_head(denoiser):
+        raise ValueError(f"denoiser: expected a callable xt, t -> logits, or hidden and head, got {type(denoiser).__name__}")
     return denoiser.mask_token_id, denoiser.vocab_size
 
 
@@ -37,10 +47,10 @@ def device_of(denoiser: Denoiser, prompt: torch.Tensor | None, device: torch.dev
             return torch.device(device)
         except (RuntimeError, TypeError):
             raise ValueError(f"device: expected a torch device such as 'cpu' or 'cuda:0', got {device!r}") from None
-    if isinstance(prompt, torch.Tensor):
-        return prompt.device
     parameter = next(denoiser.parameters(), None) if isinstance(denoiser, torch.nn.Module) else None
-    return parameter.device if parameter is not None else torch.device("cpu")
+    if parameter is not None:
+        return parameter.device
+    return prompt.device if isinstance(prompt, torch.Tensor) else torch.device("cpu")
 
 
 def start_of(prompt: torch.Tensor | None, batch_size: int | None, length: int | None, mask: int, vocab_size: int) -> torch.Tensor:
@@ -97,6 +107,10 @@ def seeds_of(seed: int | torch.Tensor, batch: int) -> torch.Tensor:
 
 def clock_of(sampler: str, steps: int | None, remask_prob: float | None, schedule: NoiseSchedule | None, blocks: int) -> Clock:
     """The sampler's clock, for sequences of so many blocks."""
+    if schedule is not None and not isinstance(schedule, NoiseSchedule):
+        raise ValueError(
+            f"schedule: expected an edlm.diffusion.NoiseSchedule, got {schedule!r}; edlm.diffusion.schedule(name) makes one"
+        )
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
     if sampler in ON_A_GRID:
@@ -115,17 +129,14 @@ def clock_of(sampler: str, steps: int | None, remask_prob: float | None, schedul
         return FirstHitting()
     if sampler == "left_to_right":
         return LeftToRight()
-    remask_prob = 0.02 if remask_prob is None else remask_prob
-    if not 0 <= remask_prob <= 1:
-        raise ValueError(f"remask_prob: expected a probability in [0, 1], got {remask_prob!r}")
+    remask_prob = 0.02 if remask_prob is None else _number("remask_prob", remask_prob, 0, 1, "a probability in [0, 1]")
     return Remasking(steps, remask_prob, schedule or LogLinearSchedule(eps=0.0))
 
 
 def window_of(window: tuple[float, float] | str, window_ess: float) -> tuple[float, float]:
     """(lo, hi); (0, 1), from which ESS takes away, for "auto"."""
-    if window == "auto":
-        if not 0 < window_ess <= 1:
-            raise ValueError(f"window_ess: expected a share of the candidates in (0, 1], got {window_ess!r}")
+    if isinstance(window, str) and window == "auto":
+        _number("window_ess", window_ess, math.nextafter(0, 1), 1, "a share of the candidates in (0, 1]")
         return 0.0, 1.0
     try:
         low, high = window
@@ -142,10 +153,11 @@ def candidates_of(
 ) -> tuple[int, float | None]:
     """K and no ESS target, or the cap of K and the target."""
     for name, value in (("max_candidates", max_candidates), ("num_candidates", num_candidates)):
-        if value not in (None, "auto") and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}: expected an int >= 1{', or auto' if name[0] == 'n' else ''}, got {value!r}")
-    if num_candidates == "auto" and not 1 <= ess_target <= max_candidates:
-        raise ValueError(f"ess_target: expected 1 .. max_candidates = {max_candidates}, got {ess_target!r}")
+        free = (None, "auto") if name == "num_candidates" else ()
+        if value not in free and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}: expected an int >= 1{', or auto' if free else ''}, got {value!r}")
+    if num_candidates == "auto":
+        _number("ess_target", ess_target, 1, max_candidates, f"a number in 1 .. max_candidates = {max_candidates}")
     count = max_candidates if num_candidates == "auto" else num_candidates or (1 if energy is None else 8)
     if energy is None and (count > 1 or num_candidates == "auto"):
         raise ValueError(
@@ -155,8 +167,7 @@ def candidates_of(
 
 
 def check_energy(energy: EnergyModel | None, temperature: float, mask: int, vocab_size: int) -> None:
-    if not temperature >= 0:
-        raise ValueError(f"energy_temperature: expected a number >= 0 (0 picks the lowest energy), got {temperature}")
+    _number("energy_temperature", temperature, 0, math.inf, "a number >= 0 (0 picks the lowest energy)")
     if energy is None:
         return
     if not callable(energy):
@@ -170,17 +181,31 @@ def check_energy(energy: EnergyModel | None, temperature: float, mask: int, voca
         )
 
 
-def check_particles(count: int, threshold: float, scheme: str, energy: EnergyModel | None, temperature: float) -> None:
+def check_particles(
+    count: int, threshold: float, scheme: str, energy: EnergyModel | None, temperature: float, automatic: bool, denoiser: Denoiser
+) -> None:
+    """``automatic``: whether the ESS decides the number of candidates or the window."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"num_particles: expected an int >= 1, got {count!r}")
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"resample_threshold: expected a share of the particles in [0, 1], got {threshold!r}")
+    _number("resample_threshold", threshold, 0, 1, "a share of the particles in [0, 1]")
     if scheme not in SCHEMES:
         raise ValueError(f"resample_scheme: expected one of {', '.join(SCHEMES)}, got {scheme!r}")
-    if count > 1 and energy is None:
+    if count == 1:
+        return
+    if energy is None:
         raise ValueError(f"num_particles: {count} particles need an energy to be weighed by, got energy=None; leave both out")
-    if count > 1 and temperature == 0:
-        raise ValueError("energy_temperature: expected a number > 0 with particles, whose weights have no value at 0")
+    if temperature == 0:
+        raise ValueError("energy_temperature: expected a number > 0 with particles, whose weights have no value at 0, got 0")
+    if automatic:
+        raise ValueError(
+            "num_candidates, window: expected numbers with particles, got 'auto': weights from a number of candidates that depends on "
+            "them are biased, and so are those of particles of which only some are weighed"
+        )
+    if callable(getattr(denoiser, "prepare", None)):
+        raise ValueError(
+            "num_particles: expected 1 with a denoiser that keeps something a sequence (prepare), since particles change places, "
+            f"got {count}"
+        )
 
 
 def check_span(denoiser: Denoiser, length: int, block_length: int | None, context_length: int | None) -> int | None:
@@ -189,9 +214,14 @@ def check_span(denoiser: Denoiser, length: int, block_length: int | None, contex
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
     limit = getattr(denoiser, "max_length", None)
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"denoiser: max_length: expected an int >= 1, or None for any, got {limit!r}")
     context = context_length or (limit if block_length else None)
     if context is not None and block_length is not None and context < min(block_length, length):
-        raise ValueError(f"context_length: expected at least block_length = {block_length}, got {context}")
+        least, whose = min(block_length, length), "" if context_length else " (the denoiser's max_length)"
+        raise ValueError(
+            f"context_length: expected at least the {least} columns of a block, got {context}{whose}; take block_length <= {context}"
+        )
     if context is not None and block_length is None and context < length:
         raise ValueError(
             f"context_length: a network sees {context} of {length} tokens only where they are decoded in blocks, got "
@@ -206,19 +236,42 @@ def check_span(denoiser: Denoiser, length: int, block_length: int | None, contex
     return context
 
 
-def check_shape(
-    compact: bool, cuda_graph: bool, device: torch.device, target: float | None, window: object, energy_rows: int | None
-) -> None:
-    if energy_rows is not None and (isinstance(energy_rows, bool) or not isinstance(energy_rows, int) or energy_rows < 1):
-        raise ValueError(f"energy_rows: expected an int >= 1, or None for no bound, got {energy_rows!r}")
+def check_shape(denoiser: Denoiser, compact: bool, cuda_graph: bool, device: torch.device, automatic: bool) -> None:
+    if not compact and callable(getattr(denoiser, "prepare", None)):
+        raise ValueError(
+            "compact: expected True with a denoiser that keeps something a sequence (prepare), which has to know who comes, got False"
+        )
     if not cuda_graph:
         return
     if device.type != "cuda":
         raise ValueError(f"cuda_graph: expected a CUDA device, got {device}; leave it out")
     if compact:
         raise ValueError("cuda_graph: a graph has one shape: expected compact=False, got True")
-    if target is not None or window == "auto":
+    if automatic:
         raise ValueError("cuda_graph: num_candidates and window 'auto' are decided by the host: expected numbers, got 'auto'")
+    missing = [
+        name for name in ("sample_candidates", "select_candidate", "reverse_step") if backends()[name]["cuda"] != "compiled"
+    ]
+    if missing:
+        raise ValueError(
+            f"cuda_graph: expected compiled CUDA kernels, got references of {', '.join(missing)}, which no graph can capture; "
+            "`edlm info` tells what is there"
+        )
+
+
+def check_proposal(**numbers: object) -> None:
+    """Their values are checked where they are used; that they are numbers, before a network is called."""
+    for name, value in numbers.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"{name}: expected a number, got {value!r}")
+
+
+def check_calls(energy_batch_size: int | None, on_step: object) -> None:
+    size = energy_batch_size
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise ValueError(f"energy_batch_size: expected an int >= 1, or None for no bound, got {size!r}")
+    if on_step is not None and not callable(on_step):
+        raise ValueError(f"on_step: expected a callable that takes a StepReport, got {on_step!r}")
 
 
 def check_memory(rows: int, count: int, length: int, device: torch.device) -> None:
@@ -237,8 +290,8 @@ def check_memory(rows: int, count: int, length: int, device: torch.device) -> No
 
 def memory_left(device: torch.device) -> int | None:
     """Bytes that may still be allocated; None where nobody tells."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":  # what is free, and what torch holds and does not use
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type != "cpu":
         return None
     try:

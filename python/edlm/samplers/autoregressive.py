@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
+from ..ops import upload
 from ..protocols import CausalLM, offers_cache
 from .evaluating import evaluating
 from .generate import generate
 from .sample_output import SampleOutput
-from .upload import upload
 
 
 class NextToken:
@@ -36,14 +36,20 @@ class NextToken:
         self._columns, self._position, self._read, self._cache = (0, 0), 0, 0, None
         self._taken: torch.Tensor | None = None
 
-    def prepare(self, rows: torch.Tensor, columns: tuple[int, int], masked: torch.Tensor) -> None:
-        """The next call is of these sequences, at the first masked position of the first of them, which must be that of all."""
-        self._position = int(masked[0].long().argmax())
-        if not torch.equal(rows, self._rows) or columns[0] != self._columns[0]:
-            kept = torch.isin(rows, self._rows).all() and columns[0] == self._columns[0] and self._cache is not None
-            self._taken = torch.searchsorted(self._rows, rows) if kept else None
-            if not kept:
-                self._cache, self._read = None, 0
+    def prepare(self, number: int, rows: torch.Tensor, columns: tuple[int, int], masked: torch.Tensor) -> None:
+        """The next call is step ``number`` of these sequences, all at the same position: the first that is masked."""
+        first = masked.long().argmax(1)
+        if not bool((first == first[0]).all()):
+            raise ValueError(
+                "denoiser: NextToken knows one position of all sequences at a time: expected sampler='left_to_right', got another; "
+                "edlm.samplers.sample_autoregressive does it"
+            )
+        self._position, self._taken = int(first[0]), None
+        follows = number > 0 and columns[0] == self._columns[0] and bool(torch.isin(rows, self._rows).all())
+        if not follows:
+            self._cache, self._read = None, 0
+        elif not torch.equal(rows, self._rows):
+            self._taken = torch.searchsorted(self._rows, rows)
         self._rows, self._columns = rows, columns
 
     def hidden(self, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..ops import Candidates, select_candidate
+from ..ops import Candidates, Selection, select_candidate, upload
 from ..protocols import EnergyModel
+from .move import Move, Names
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,45 +37,57 @@ class Scorer:
     ess_target: float | None
     temperature: float
     shaped: bool  # whether the proposal was tempered or filtered
-    max_rows: int | None  # completed sequences in one call
-    particles: int  # rows of a sequence
+    batch_size: int | None  # completed sequences in one call
     stage: Callable[[str], contextlib.AbstractContextManager]
     nfe: int = 0
-    unread: list[tuple[str, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    unread: list[tuple[Names, torch.Tensor]] = field(default_factory=list)
 
-    def choose(
-        self,
-        candidates: Candidates,
-        xt: torch.Tensor,
-        t: torch.Tensor,
-        masked: torch.Tensor | None,
-        rows: torch.Tensor,
-        seed: torch.Tensor,
-        offset: torch.Tensor,
-        where: str,
-    ) -> Choice:
-        """Score and pick, R sequences with their candidates [R, K, W].
+    def choose(self, candidates: Candidates, move: Move, names: Names, *, host_knows: bool) -> Choice:
+        """Score and pick among candidates [R, K, W].
 
-        Args:
-            masked: bool [R, W] on the CPU, for energies that offer ``score``; None where the host must not know.
-            rows: int64 [R], the sequences' names for an error; where: the step's.
+        ``host_knows`` which rows are masked, and all rows are scored; otherwise the energy is asked without, and what it says of rows
+        that are not scored does not matter.
         """
-        stages = self._stages()
-        if len(stages) == 1:
-            return self._pick(candidates, xt, t, masked, rows, seed, offset, where, None)[0]
-        # The host reads each ESS here: the number of candidates is decided by it.
+        if self.ess_target is not None:
+            return self._as_many_as_it_takes(candidates, move, names)
+        with self.stage("energy"):
+            energy = self._score(candidates, move, names.masked if host_knows else None)
+            if not host_knows:
+                energy = torch.where(move.scored[:, None], energy, 0)
+            self._check(energy, names)
+        with self.stage("select"):
+            selection = self._select(energy, self._correction(candidates), move.seed, move.offset)
+        return _choice(selection, energy)
+
+    def _as_many_as_it_takes(self, candidates: Candidates, move: Move, names: Names) -> Choice:
+        """The host reads each ESS here: the number of candidates is decided by it."""
         found: list[tuple[torch.Tensor, Choice]] = []
-        left, scored = torch.arange(len(xt)), None
-        for count in stages:
-            on = left.to(xt.device)
-            part = Candidates(*(c[on, :count] for c in (candidates.tokens, candidates.log_probs, candidates.model_log_probs)))
-            choice, scored = self._pick(
-                part, xt[on], t[on], None if masked is None else masked[left], rows[left], seed[on], offset[on], where, scored
+        device = move.xt.device
+        left = torch.arange(len(move.xt))
+        energy = torch.empty(len(left), 0, device=device)
+        correction = torch.empty(len(left), 0, dtype=torch.float64, device=device) if self.shaped else None
+        for count in self._stages():
+            on, last, first = upload(left, device), count == self.num_candidates, energy.shape[1]
+            same = candidates.model_log_probs is candidates.log_probs
+            log_p = candidates.model_log_probs[on, first:count]
+            fresh = Candidates(
+                candidates.tokens[on, first:count], log_p if same else candidates.log_probs[on, first:count], log_p
             )
-            done = (choice.ess >= self.ess_target).cpu() if count < stages[-1] else torch.ones(len(left), dtype=torch.bool)
-            keep = done.to(xt.device)
-            found.append((on[keep], choice.only(keep)))
-            left, scored = left[~done], scored[~keep]
+            part = Move(move.xt[on], move.t[on], move.seed[on], move.offset[on], move.opening[on], move.active, move.scored)
+            with self.stage("energy"):
+                energy = torch.cat([energy, self._score(fresh, part, names.masked[left])], 1)
+                self._check(energy, names.only(left), all_excluded=not last)
+            with self.stage("select"):
+                if correction is not None:
+                    correction = torch.cat([correction, self._correction(fresh)], 1)
+                # Where all are excluded so far there is nothing to pick, and nothing is taken from this.
+                none = (energy == math.inf).all(1)
+                selection = self._select(energy.masked_fill(none[:, None], 0.0), correction, part.seed, part.offset)
+                done = ((selection.ess >= self.ess_target) & ~none).cpu() if not last else torch.ones(len(left), dtype=torch.bool)
+            keep, on_with = upload(done, device), upload(~done, device)
+            found.append((on[keep], _choice(selection, energy).only(keep)))
+            left, energy = left[~done], energy[on_with]
+            correction = None if correction is None else correction[on_with]
             if not len(left):
                 break
         order = torch.cat([on for on, _ in found]).argsort()
@@ -83,55 +96,35 @@ class Scorer:
 
     def _stages(self) -> list[int]:
         """How many candidates are scored before the ESS is looked at: no fewer than its target, which no fewer can reach."""
-        if self.ess_target is None:
-            return [self.num_candidates]
-        counts = [min(self.num_candidates, 2 ** math.ceil(math.log2(max(2.0, self.ess_target))))]
+        counts = [min(self.num_candidates, 2 ** math.ceil(math.log2(max(2.0, self.ess_target or 2.0))))]
         while counts[-1] < self.num_candidates:
             counts.append(min(self.num_candidates, 2 * counts[-1]))
         return counts
 
-    def _pick(
-        self,
-        candidates: Candidates,
-        xt: torch.Tensor,
-        t: torch.Tensor,
-        masked: torch.Tensor | None,
-        rows: torch.Tensor,
-        seed: torch.Tensor,
-        offset: torch.Tensor,
-        where: str,
-        before: torch.Tensor | None,
-    ) -> tuple[Choice, torch.Tensor]:
-        """Of candidates of which the first have the energies ``before`` [R, k]; all energies too."""
-        first = 0 if before is None else before.shape[1]
-        with self.stage("energy"):
-            fresh = self._score(candidates.tokens[:, first:], xt, t, candidates.model_log_probs[:, first:], masked)
-            energy = fresh if before is None else torch.cat([before, fresh.to(before.dtype)], 1)
-            self._check(energy, rows, where)
-        with self.stage("select"):
-            correction = None
-            if self.shaped:
-                correction = (candidates.model_log_probs.double() - candidates.log_probs.double()).sum(-1)
-            selection = select_candidate(
-                energy, temperature=self.temperature, log_correction=correction, seed=seed, offset=offset
-            )
-        taken = energy.gather(1, selection.index[:, None]).squeeze(1).float()
-        count = torch.full_like(selection.index, energy.shape[1])
-        return Choice(selection.index, selection.ess, selection.log_Z, taken, count), energy
+    def _correction(self, candidates: Candidates) -> torch.Tensor | None:
+        """log mu - log proposal of each candidate, float64 [R, K], where they differ."""
+        if not self.shaped:
+            return None
+        return candidates.model_log_probs.sum(-1, dtype=torch.float64) - candidates.log_probs.sum(-1, dtype=torch.float64)
 
-    def _score(
-        self, x0: torch.Tensor, xt: torch.Tensor, t: torch.Tensor, log_p: torch.Tensor, masked: torch.Tensor | None
-    ) -> torch.Tensor:
-        """[R, K], in calls of at most ``max_rows`` completed sequences."""
+    def _select(
+        self, energy: torch.Tensor, correction: torch.Tensor | None, seed: torch.Tensor, offset: torch.Tensor
+    ) -> Selection:
+        return select_candidate(energy, temperature=self.temperature, log_correction=correction, seed=seed, offset=offset)
+
+    def _score(self, candidates: Candidates, move: Move, masked: torch.Tensor | None) -> torch.Tensor:
+        """[R, K], in calls of at most ``batch_size`` completed sequences."""
+        x0, log_p = candidates.tokens, candidates.model_log_probs
         r, k = x0.shape[:2]
-        limit = self.max_rows or r * k
+        limit = self.batch_size or r * k
         wide, tall = min(k, limit), max(1, limit // k)
         rows = []
         for b in range(0, r, tall):
             part = slice(b, b + tall)
             known = None if masked is None else masked[part]
             calls = [
-                self._call(x0[part, i : i + wide], xt[part], t[part], log_p[part, i : i + wide], known) for i in range(0, k, wide)
+                self._call(x0[part, i : i + wide], move.xt[part], move.t[part], log_p[part, i : i + wide], known)
+                for i in range(0, k, wide)
             ]
             rows.append(calls[0] if len(calls) == 1 else torch.cat(calls, 1))
         return rows[0] if len(rows) == 1 else torch.cat(rows)
@@ -145,32 +138,41 @@ class Scorer:
         expected = tuple(x0.shape[:2])
         if not isinstance(value, torch.Tensor) or tuple(value.shape) != expected or not value.is_floating_point():
             got = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-            raise ValueError(f"energy: expected a floating tensor [B, K] = {list(expected)}, got {got}")
+            raise ValueError(f"energy: expected a floating tensor [B, K] = [{expected[0]}, {expected[1]}], got {got}")
+        if value.device != xt.device:
+            raise ValueError(
+                f"energy: expected energies on {xt.device}, beside the tokens, got them on {value.device}; move the model"
+            )
         return value.detach()
 
-    def _check(self, energy: torch.Tensor, rows: torch.Tensor, where: str) -> None:
+    def _check(self, energy: torch.Tensor, names: Names, all_excluded: bool = False) -> None:
         """NaN, -inf, or +inf everywhere: raised here on a CPU, kept for ``read`` on a device, which is not waited for."""
-        wrong = energy.isnan() | (energy == -math.inf) | (energy == math.inf).all(1, keepdim=True)
-        if energy.device.type == "cpu":
-            self._raise(where, rows, wrong, energy)
-        else:
-            self.unread.append((where, rows, wrong))
+        wrong = energy.isnan() | (energy == -math.inf)
+        if not all_excluded:
+            wrong |= (energy == math.inf).all(1, keepdim=True)
+        if energy.device.type != "cpu":
+            self.unread.append((names, wrong))
+        elif bool(wrong.any()):
+            self._raise(names, wrong, energy)
 
     def read(self) -> None:
         """Raise what was wrong with the energies, at the end."""
-        for where, rows, wrong in self.unread:
-            self._raise(where, rows, wrong.cpu(), None)
+        for names, wrong in self.unread:
+            if bool(wrong.any()):
+                self._raise(names, wrong.cpu(), None)
         self.unread.clear()
 
-    def _raise(self, where: str, rows: torch.Tensor, wrong: torch.Tensor, energy: torch.Tensor | None) -> None:
-        if not bool(wrong.any()):
-            return
+    @staticmethod
+    def _raise(names: Names, wrong: torch.Tensor, energy: torch.Tensor | None) -> None:
         row, candidate = (int(i) for i in wrong.nonzero()[0])
-        candidates = f"all {wrong.shape[1]} candidates" if bool(wrong[row].all()) else f"candidate {candidate}"
-        value = "NaN, -inf, or +inf for all" if energy is None else float(energy[row, candidate])
-        sequence, particle = divmod(int(rows[row]), self.particles)
-        whose = f"sequence {sequence}" if self.particles == 1 else f"sequence {sequence}, particle {particle},"
+        which = f"all {wrong.shape[1]} candidates" if bool(wrong[row].all()) else f"candidate {candidate}"
+        value = "something else" if energy is None else float(energy[row, candidate])
         raise ValueError(
-            f"energy: expected finite energies (+inf excludes a candidate, and one must be left), got {value} for {candidates} of "
-            f"{whose} in {where}"
+            f"energy: expected finite energies (+inf excludes a candidate, and one must be left), got {value} for {which} of "
+            f"{names.whose(row)}"
         )
+
+
+def _choice(selection: Selection, energy: torch.Tensor) -> Choice:
+    taken = energy.gather(1, selection.index[:, None]).squeeze(1).float()
+    return Choice(selection.index, selection.ess, selection.log_Z, taken, torch.full_like(selection.index, energy.shape[1]))

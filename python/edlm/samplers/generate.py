@@ -13,20 +13,20 @@ import torch
 from tqdm import tqdm
 
 from ..diffusion import LogLinearSchedule, MaskedDiffusion, NoiseSchedule
-from ..ops import deferred_checks
+from ..ops import deferred_checks, upload
 from ..protocols import Denoiser, EnergyModel
 from . import arguments as check
 from .choose import Scorer
 from .cuda_graph import Replayed
 from .ends import Ends
 from .evaluating import evaluating
+from .move import Move, Names
 from .propose import Proposal
-from .reverse import Move, Names, Reverse
+from .reverse import Reverse
 from .sample_output import Record, SampleOutput, StepReport
 from .smc import Population
 from .stages import Stages
 from .steps import Plan
-from .upload import upload
 
 
 def generate(
@@ -57,7 +57,7 @@ def generate(
     ess_target: float = 4.0,
     max_candidates: int = 32,
     window_ess: float = 0.95,
-    energy_rows: int | None = None,
+    energy_batch_size: int | None = None,
     schedule: NoiseSchedule | None = None,
     seed: int | torch.Tensor = 0,
     device: torch.device | str | None = None,
@@ -73,7 +73,7 @@ def generate(
     and one is picked with probability softmax(-E / energy_temperature); outside the window x0 ~ mu. Positions that open between t and
     s then take their token from it. As K grows the step tends to p(x0 | xt) = mu exp(-E) / Z; the bias at finite K is
     O(1 / K). K = 1, an empty window or no energy is plain masked diffusion, bitwise under the same seed. Each sequence keeps its own
-    clock, so a batch costs min(T, L) denoiser calls at most.
+    clock, so a batch costs no more denoiser calls than its busiest sequence: at most min(T, L), in each block and for each length.
 
     What to decode:
         denoiser: any ``edlm.protocols.Denoiser``. With ``hidden`` and ``head`` the head runs on the rows that are drawn only.
@@ -88,7 +88,7 @@ def generate(
     In which order:
         sampler: "ancestral", on the grid t_i = 1 - i/T. "first_hitting": one position at a time, each at its own time, without a grid.
             "remasking" (ReMDM): the grid, on which open positions become masked again with probability up to ``remask_prob``
-            (default 0.02) a step. "left_to_right": one position at a time, as ``sample_autoregressive`` does.
+            (its eta_cap; default 0.02) a step. "left_to_right": one position at a time, as ``sample_autoregressive`` does.
         steps: T >= 1, for the samplers with a grid (of every block). At s = 0 everything still masked opens.
         block_length: decode in blocks of so many columns from the left, each by a run of the sampler of its own from t = 1 to 0
             (semi-autoregressive). context_length: the networks see so many columns, up to the end of the block or further where it
@@ -105,10 +105,10 @@ def generate(
             on, until a sequence's ESS first reaches ``window_ess`` x K. NOTE: an ESS that is high by chance ends it too early, and one
             that overlooks rare good candidates as well; both leave the rest to the proposal. Both autos make the host read the ESS.
         energy_temperature: > 0 usually; 0 picks the lowest energy, inf ignores it.
-        energy_rows: at most so many completed sequences in one energy call; all of them if None.
+        energy_batch_size: at most so many completed sequences in one energy call; all of them if None.
         num_particles: N > 1 is sequential Monte Carlo: N trajectories a sequence, weighted by the mean weight of every step, resampled
             by ``resample_scheme`` (``edlm.ops.resample``) where their ESS falls below ``resample_threshold`` x N. One is returned,
-            chosen by weight. What this targets: ``edlm.samplers.smc``.
+            chosen by weight. What this targets: ``edlm.samplers.smc``. Not together with "auto".
 
     The proposal:
         temperature, top_k, top_p, min_p: as in ``edlm.ops.sample_candidates``. The importance weights are corrected
@@ -116,7 +116,7 @@ def generate(
 
     How:
         seed: an int s (sequence b uses s + b) or int64 [B]. A sequence's result depends on its own seed, prompt and length alone.
-        device: where to decode; the prompt's, else that of the denoiser's parameters, else the CPU.
+        device: where to decode; that of the denoiser's parameters, else the prompt's, else the CPU.
         compact: pick out the sequences and rows that a step needs. False computes all of them, in one shape: the same draws.
         cuda_graph: capture that shape as a CUDA graph, and replay it. It has never run on a GPU yet.
         return_history: keep every state. on_step: called after every step. progress: a bar on stderr.
@@ -144,8 +144,11 @@ def generate(
     low_high = check.window_of(window, window_ess)
     check.check_energy(energy, energy_temperature, mask, vocab_size)
     count, target = check.candidates_of(num_candidates, max_candidates, ess_target, energy)
-    check.check_particles(num_particles, resample_threshold, resample_scheme, energy, energy_temperature)
-    check.check_shape(compact, cuda_graph, device, target, window, energy_rows)
+    automatic = target is not None or window == "auto"
+    check.check_particles(num_particles, resample_threshold, resample_scheme, energy, energy_temperature, automatic, denoiser)
+    check.check_shape(denoiser, compact, cuda_graph, device, automatic)
+    check.check_proposal(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    check.check_calls(energy_batch_size, on_step)
     check.check_memory(batch * num_particles, count, min(context or size, size), device)
     corrects = energy is not None and (count > 1 or num_particles > 1)
     warned = corrects and low_high[0] < low_high[1] and not check.window_holds_a_step(clock, low_high)
@@ -158,6 +161,10 @@ def generate(
     seeds = check.seeds_of(seed, batch)
     open_time = MaskedDiffusion(schedule or LogLinearSchedule(eps=0.0), mask).opening_times(seeds, batch, size)
     wanted = (start == mask).cpu() & (torch.arange(size) < ends[:, None])
+    if not bool(wanted.any()):
+        raise ValueError(
+            "prompt, lengths: expected a mask within the length of some sequence, got none; there is nothing to generate"
+        )
     # Particles are rows of their own, N of them in all, with the clock of their sequence.
     per_row = [value.repeat_interleave(num_particles, 0) for value in (open_time, wanted, seeds, ends)]
     plan = Plan(clock, low_high, *per_row, block_length=block_length, context=context)
@@ -171,9 +178,8 @@ def generate(
     proposal = Proposal(denoiser, compact, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     scorer = None
     if corrects:
-        scorer = Scorer(energy, count, target, energy_temperature, proposal.shaped, energy_rows, num_particles, stages)
+        scorer = Scorer(energy, count, target, energy_temperature, proposal.shaped, energy_batch_size, stages)
     reverse = Reverse(denoiser, proposal, scorer, stages, compact)
-    advance = Replayed(reverse) if cuda_graph else reverse
     record = Record(xt, num_particles, return_history)
     # Particles stay together; what is shown may be masked again until its block ends; and on a GPU to look is to wait.
     early = "never" if population else "step" if device.type == "cpu" and sampler != "remasking" else "block"
@@ -182,10 +188,14 @@ def generate(
     nfe, most = 0, plan.most()
     # no_grad rather than inference_mode: what comes out may be trained on.
     # On a GPU what the ops report is read at the end: the loop waits for nothing of theirs.
-    with torch.no_grad(), evaluating(denoiser, energy), deferred_checks(device.type != "cpu"):
+    with torch.no_grad(), evaluating(denoiser, energy), deferred_checks(device.type != "cpu") as reports:
+        advance = Replayed(reverse, reports) if cuda_graph else reverse
         for step in tqdm(plan, desc="decode", total=most, disable=not progress):
             step = step.only(finish.open[step.rows // num_particles])
-            if not len(step.rows):
+            if not len(step.rows):  # all of them have ended before
+                finish.look(xt, step.ends_block)
+                if not bool(finish.open.any()):
+                    break
                 continue
             number, seen, rows = len(record.times), slice(*step.columns), upload(step.rows, device)
             if step.remask is not None:
@@ -205,7 +215,7 @@ def generate(
                 active=active if compact else upload(active, device),
                 scored=scored if compact else upload(scored, device),
             )
-            names = Names(f"step {number}", made.rows, step.columns, made.masked)
+            names = Names(number, made.rows, step.columns, made.masked, num_particles)
             xs, choice = advance(move, names, bool(scored.any()))
             nfe += 1
             if all_rows:
@@ -226,10 +236,14 @@ def generate(
             if on_step is not None:
                 on_step(record.report(step.rows, step.t, xt, most, nfe, scorer.nfe if scorer else 0))
         chosen = None if population is None else population.choose()
-        if scorer is not None:
-            scorer.read()
-            if not scorer.nfe and low_high[0] < low_high[1] and not warned:
-                warnings.warn(f"window: no step started within {window!r}: the energy was not used; widen it", stacklevel=2)
+        try:
+            reports.check()
+        except ValueError as error:
+            if scorer is not None and str(error).startswith("select_candidate"):
+                scorer.read()  # says more
+            raise
+        if scorer is not None and not scorer.nfe and low_high[0] < low_high[1] and not warned:
+            warnings.warn(f"window: no step started within {window!r}: the energy was not used; widen it", stacklevel=2)
     tokens, lengths = finish.cut(xt if chosen is None else xt[chosen], pad_token_id)
     return record.finish(
         tokens, lengths, chosen, population, xt, nfe=nfe, energy_nfe=scorer.nfe if scorer else 0, stage_seconds=stages.seconds

@@ -6,24 +6,26 @@ import math
 
 import torch
 
-from ..ops import Candidates, sample_candidates, sample_categorical
+from ..ops import Candidates, sample_candidates, sample_categorical, upload
 from ..protocols import Denoiser, offers_head
-from .upload import upload
+from .move import Move, Names
 
-# Rows go through the head in chunks whose float32 logits stay below this.
+# Rows go through the head in chunks of which the float32 logits, and what is drawn from them, stay below this.
 _HEAD_BYTES = 64 << 20
 
 
 def denoise(denoiser: Denoiser, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """The network, once: hidden [B, L, D] where it offers ``hidden`` and ``head``, logits [B, L, V] otherwise."""
-    if offers_head(denoiser):
-        return denoiser.hidden(xt, t)
-    logits = denoiser(xt, t)
-    expected = (*xt.shape, denoiser.vocab_size)
-    if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != expected:
-        got = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise ValueError(f"denoiser: expected logits [B, L, V] = {list(expected)}, got {got}")
-    return logits
+    split = offers_head(denoiser)
+    output = denoiser.hidden(xt, t) if split else denoiser(xt, t)
+    what, expected = ("hidden", "[B, L, D]") if split else ("logits", "[B, L, V]")
+    sizes = (*xt.shape, None if split else denoiser.vocab_size)
+    shape = tuple(output.shape) if isinstance(output, torch.Tensor) else ()
+    if len(shape) != 3 or any(size not in (None, found) for size, found in zip(sizes, shape, strict=True)):
+        got = list(shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        wanted = [size or "D" for size in sizes]
+        raise ValueError(f"denoiser: expected {what} {expected} = {wanted}, got {got}".replace("'D'", "D"))
+    return output
 
 
 class Proposal:
@@ -39,55 +41,75 @@ class Proposal:
         self.shaped = filters["temperature"] != 1 or any(filters[name] is not None for name in ("top_k", "top_p", "min_p"))
         self._buffers: dict[object, torch.Tensor] = {}
 
-    def draw(
-        self,
-        output: torch.Tensor,
-        xt: torch.Tensor,
-        active: torch.Tensor,
-        num_candidates: int,
-        *,
-        seed: torch.Tensor,
-        offset: torch.Tensor,
-    ) -> Candidates:
-        """Draw the active masked rows of xt, K times each, from what ``denoise`` returned. What comes is overwritten by the next draw.
-
-        active: bool [B, L], on the CPU where ``compact``, on the device otherwise. seed, offset: int64 [B].
-        """
-        mask = self.denoiser.mask_token_id
+    def draw(self, output: torch.Tensor, move: Move, num_candidates: int, names: Names) -> Candidates:
+        """The active masked rows of xt, drawn K times each from what ``denoise`` returned; overwritten by the next draw."""
+        xt, seed, offset, mask = move.xt, move.seed, move.offset, self.denoiser.mask_token_id
         if not offers_head(self.denoiser):
-            active = upload(active, xt.device) if self.compact else active
-            return sample_candidates(output, xt, mask, num_candidates, active=active, seed=seed, offset=offset, **self.filters)
-        candidates = self._candidates(xt, num_candidates)
-        if self.compact:
-            b, i = (upload(index, xt.device) for index in active.nonzero(as_tuple=True))
-            rows = max(1, _HEAD_BYTES // (4 * self.denoiser.vocab_size))
-            for b_chunk, i_chunk in zip(b.split(rows), i.split(rows), strict=True):
-                drawn = sample_categorical(
-                    self.denoiser.head(output[b_chunk, i_chunk]),
-                    num_candidates,
-                    position=i_chunk,
-                    forbidden=mask,
-                    seed=seed[b_chunk],
-                    offset=offset[b_chunk],
-                    **self.filters,
+            active = upload(move.active, xt.device) if self.compact else move.active
+            try:
+                return sample_candidates(
+                    output, xt, mask, num_candidates, active=active, seed=seed, offset=offset, **self.filters
                 )
-                candidates.tokens[b_chunk, :, i_chunk] = drawn.tokens
-                candidates.log_probs[b_chunk, :, i_chunk] = drawn.log_probs
+            except ValueError as error:
+                self._blame(error, output, (active & (xt == mask)).nonzero().cpu(), names)
+        candidates = self._candidates(xt, num_candidates)
+        each = max(4 * self.denoiser.vocab_size, 16 * num_candidates)  # bytes of a row
+        if self.compact:
+            rows = move.active.nonzero()
+            for chunk in rows.split(max(1, _HEAD_BYTES // each)):
+                b, i = (upload(index, xt.device) for index in chunk.T.contiguous())
+                logits = self._head(output[b, i])
+                try:
+                    drawn = sample_categorical(
+                        logits, num_candidates, position=i, forbidden=mask, seed=seed[b], offset=offset[b], **self.filters
+                    )
+                except ValueError as error:
+                    self._blame(error, logits, chunk, names)
+                candidates.tokens[b, :, i], candidates.log_probs[b, :, i] = drawn.tokens, drawn.log_probs
                 if self.shaped:
-                    candidates.model_log_probs[b_chunk, :, i_chunk] = drawn.model_log_probs
+                    candidates.model_log_probs[b, :, i] = drawn.model_log_probs
             return candidates
         batch, length = xt.shape
-        sequences = max(1, _HEAD_BYTES // (4 * self.denoiser.vocab_size * length))
+        sequences = max(1, _HEAD_BYTES // (each * length))
         for first in range(0, batch, sequences):
             part = slice(first, first + sequences)
-            logits = self.denoiser.head(output[part].flatten(0, 1)).view(-1, length, self.denoiser.vocab_size)
+            logits = self._head(output[part].flatten(0, 1)).view(-1, length, self.denoiser.vocab_size)
             drawn = sample_candidates(
-                logits, xt[part], mask, num_candidates, active=active[part], seed=seed[part], offset=offset[part], **self.filters
+                logits,
+                xt[part],
+                mask,
+                num_candidates,
+                active=move.active[part],
+                seed=seed[part],
+                offset=offset[part],
+                **self.filters,
             )
             candidates.tokens[part], candidates.log_probs[part] = drawn.tokens, drawn.log_probs
             if self.shaped:
                 candidates.model_log_probs[part] = drawn.model_log_probs
         return candidates
+
+    def _head(self, rows: torch.Tensor) -> torch.Tensor:
+        logits = self.denoiser.head(rows)
+        if not isinstance(logits, torch.Tensor) or logits.shape != (len(rows), self.denoiser.vocab_size):
+            got = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+            raise ValueError(
+                f"denoiser: expected logits [N, V] = [{len(rows)}, {self.denoiser.vocab_size}] of its head, got {got}"
+            )
+        return logits
+
+    def _blame(self, error: ValueError, logits: torch.Tensor, rows: torch.Tensor, names: Names) -> None:
+        """Say of which sequence, position and step the logits are that an op refused; rows int64 [N, 2] of (sequence, column)."""
+        flat = logits if logits.dim() == 2 else logits[rows[:, 0], rows[:, 1]]
+        keep = torch.arange(flat.shape[-1], device=flat.device) != self.denoiser.mask_token_id
+        bad = (flat.isnan() | (flat == math.inf))[:, keep].any(-1) | ~flat[:, keep].isfinite().any(-1)
+        if not bool(bad.any()):
+            raise error
+        b, i = rows[int(bad.long().argmax())].tolist()
+        raise ValueError(
+            f"denoiser: expected logits that are finite or -inf, and a finite one, got others at position {names.columns[0] + i} of "
+            f"{names.whose(b)}"
+        ) from error
 
     def _candidates(self, xt: torch.Tensor, num_candidates: int) -> Candidates:
         """xt K times with log-probabilities 0, in the buffers."""

@@ -20,7 +20,7 @@ class SampleOutput:
     along its line of ancestors.
     """
 
-    tokens: torch.Tensor  # int64 [B, L], no mask left; padding from ``lengths`` on
+    tokens: torch.Tensor  # int64 [B, L], without masks, but for what is padded from ``lengths`` on
     lengths: torch.Tensor  # int64 [B] on the CPU: how many tokens of each sequence count
     nfe: int  # denoiser calls; each may serve many sequences
     energy_nfe: int  # energy calls
@@ -42,7 +42,7 @@ class StepReport:
     total: int  # at most so many steps
     rows: torch.Tensor  # int64 [R] on the CPU: the sequences that took part
     t: torch.Tensor  # float64 [R] on the CPU: the times at which they were
-    tokens: torch.Tensor  # int64 [B, L], the state after the step; of several particles the first
+    tokens: torch.Tensor  # int64 [B, L], the state after the step; of several particles the first, after resampling
     ess: torch.Tensor  # float32 [B], NaN where no energy was used
     log_Z: torch.Tensor  # float32 [B]
     energy: torch.Tensor  # float32 [B], of the candidate that was taken
@@ -79,7 +79,7 @@ class Record:
     def report(self, rows: torch.Tensor, t: torch.Tensor, xt: torch.Tensor, total: int, nfe: int, energy_nfe: int) -> StepReport:
         first = slice(None, None, self.particles)  # the first particle of each sequence
         one = rows % self.particles == 0
-        tables = {name: table[-1][first] for name, table in self.tables.items()}
+        tables = {name: table[-1][first].clone() for name, table in self.tables.items()}
         return StepReport(
             number=len(self.times) - 1,
             total=max(total, len(self.times)),
@@ -87,7 +87,7 @@ class Record:
             t=t[one],
             tokens=xt[first].clone(),
             **tables,
-            num_candidates=self.counts[-1][first],
+            num_candidates=self.counts[-1][first].clone(),
             nfe=nfe,
             energy_nfe=energy_nfe,
         )

@@ -80,11 +80,11 @@ class Population:
             added[used] = choice.log_Z.double()
         weights = self.log_weights + added.view(self.batch, self.count)
         mean = weights.logsumexp(1, keepdim=True)
-        self.log_z = self.log_z + mean.squeeze(1)
+        self.log_z = torch.where(part, self.log_z + mean.squeeze(1), self.log_z)
         even = torch.full_like(weights, -math.log(self.count))
-        weights = weights - mean
+        weights = torch.where(part[:, None], weights - mean, self.log_weights)  # of the others not even a bit changes
         ess = torch.exp(-(2 * weights).logsumexp(1))
-        due = part & (ess < self.threshold * self.count)
+        due = part & (ess < self.threshold * self.count * (1 - 1e-9))  # even weights are not resampled by rounding
         drawn = resample(weights, self.scheme, seed=self.own, offset=at.contiguous())
         own = torch.arange(self.count, device=drawn.device).expand_as(drawn)
         ancestors = torch.where(due[:, None], drawn, own)

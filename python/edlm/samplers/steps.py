@@ -17,6 +17,8 @@ import torch
 from ..diffusion import NoiseSchedule
 from ..ops import Purpose, philox_uniform
 
+_UNIFORMS = 1 << 18  # drawn at once by a plan: 2 MiB
+
 
 @dataclass(frozen=True)
 class Step:
@@ -140,13 +142,12 @@ class FirstHitting:
 
 @dataclass(frozen=True)
 class LeftToRight:
-    """One position a step, from the left, the same one in all sequences. t is the share of columns from there on; the offset is the
-    column."""
+    """One position a step, from the left, the same one in all sequences. t is the share of the block's columns from there on."""
 
     def __call__(self, block: Block, window: tuple[float, float]) -> Iterator[Step]:
-        low, high = block.columns
-        column = torch.arange(low, high).expand_as(block.masked)
-        return _in_turn(block, window, column, column, 1 - column.double() / high)
+        column = torch.arange(*block.columns).expand_as(block.masked)
+        t = 1 - (column - block.first).double() / int(block.inside.sum())
+        return _in_turn(block, window, column, column, t)
 
     def most(self, wanted: torch.Tensor) -> int:
         return int(wanted.any(0).sum())
@@ -160,6 +161,7 @@ class Remasking:
     and a masked position opens with probability (alpha(s) - (1 - sigma) alpha(t)) / (1 - alpha(t)): as many are masked at each time
     as without remasking, in law. Neither depends on a token, so masks are drawn here.
 
+    NOTE: every step of the grid is gone through on the host, about 60 us each, though no network call is made where nothing opens.
     RNG: Philox(seed; column, 0, offset, REMASK), the first uniform, column as the network sees it.
     Source: Wang et al., arXiv 2503.00307.
     """
@@ -174,13 +176,17 @@ class Remasking:
         column = torch.arange(masked.shape[1])
         edges = torch.arange(self.steps, -1, -1, dtype=torch.float64) / self.steps
         clean = 1 - self.schedule.mask_prob(edges) / self.schedule.mask_prob(1.0)  # at t = 1 everything is masked, whatever eps
+        at_once = max(1, _UNIFORMS // masked.numel())
         for i in range(self.steps):
             alpha_t, alpha_s = float(clean[i]), float(clean[i + 1])
             last = i == self.steps - 1
             sigma = 0.0 if last else self.remask_prob if alpha_t <= 0 else min(self.remask_prob, (1 - alpha_s) / alpha_t)
             opens = 1.0 if last else (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
             number = block.number * self.steps + i
-            u, _ = philox_uniform(block.seeds[:, None], position=column, offset=number, purpose=Purpose.REMASK)
+            if i % at_once == 0:
+                offsets = torch.arange(number, number + min(at_once, self.steps - i))[:, None, None]
+                drawn, _ = philox_uniform(block.seeds[:, None], position=column, offset=offsets, purpose=Purpose.REMASK)
+            u = drawn[i % at_once]
             now = masked & block.inside
             opening, again = now & (u < opens), wanted & ~now & (u < sigma)
             live = opening.any(1)
