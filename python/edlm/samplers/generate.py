@@ -20,7 +20,7 @@ from .choose import Scorer
 from .cuda_graph import Replayed
 from .ends import Ends
 from .evaluating import evaluating
-from .move import Move, Names
+from .move import inputs
 from .propose import Proposal
 from .reverse import Reverse
 from .sample_output import Record, SampleOutput, StepReport
@@ -197,41 +197,22 @@ def generate(
                 if not bool(finish.open.any()):
                     break
                 continue
-            number, seen, rows = len(record.times), slice(*step.columns), upload(step.rows, device)
+            rows, seen = upload(step.rows, device), slice(*step.columns)
             if step.remask is not None:
                 xt[rows, seen] = xt[rows, seen].masked_fill(upload(step.remask, device), mask)
-            made = step if compact else step.spread(len(xt))
-            scored = made.in_window & correcting[made.rows]
-            # An energy reads whole sequences, in a fixed shape everybody's; without one only what opens is ever used.
-            whole = scored if compact else scored.any().expand_as(scored)
-            active = torch.where(whole[:, None], made.masked if compact else torch.ones_like(made.masked), made.opening)
-            all_rows = len(made.rows) == len(xt)
-            move = Move(
-                xt=xt[:, seen] if all_rows else xt[rows, seen],
-                t=upload(made.t.float(), device),
-                seed=draws if all_rows else draws[rows],
-                offset=upload(made.offset, device),
-                opening=upload(made.opening.float(), device),
-                active=active if compact else upload(active, device),
-                scored=scored if compact else upload(scored, device),
-            )
-            names = Names(number, made.rows, step.columns, made.masked, num_particles)
-            xs, choice = advance(move, names, bool(scored.any()))
+            scored = step.rows[step.in_window & correcting[step.rows]]
+            move, names = inputs(step, scored, xt, draws, number=nfe, particles=num_particles, compact=compact)
+            xs, choice = advance(move, names, len(scored) > 0)
             nfe += 1
-            if all_rows:
-                xt[:, seen] = xs
-            else:
-                xt[rows, seen] = xs
-
-            used = made.rows[scored]
-            if choice is not None and not compact:
-                choice = choice.only(upload(used, device))
-            used_there = upload(used, device)
-            record.add(step.rows, step.t, used_there, choice, xt)
+            xt[rows, seen] = xs if compact else xs[rows]
+            scored_there = upload(scored, device)
+            if choice is not None and not compact:  # a fixed shape chooses for everybody
+                choice = choice.only(scored_there)
+            record.add(step.rows, step.t, scored_there, choice, xt)
             if window == "auto" and choice is not None:
-                correcting[used[(choice.ess >= window_ess * choice.num_candidates).cpu()]] = False
+                correcting[scored[(choice.ess >= window_ess * choice.num_candidates).cpu()]] = False
             if population is not None:
-                xt = xt[population.update(rows, upload(step.offset, device), used_there, choice)]
+                xt = xt[population.update(rows, upload(step.offset, device), scored_there, choice)]
             finish.look(xt, step.ends_block)
             if on_step is not None:
                 on_step(record.report(step.rows, step.t, xt, most, nfe, scorer.nfe if scorer else 0))

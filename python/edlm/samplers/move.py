@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..ops import upload
+from .steps import Step
+
 
 @dataclass
 class Move:
@@ -37,3 +40,32 @@ class Names:
         """The row and the step, in an error."""
         sequence, particle = divmod(int(self.rows[row]), self.particles)
         return f"sequence {sequence}{f', particle {particle},' if self.particles > 1 else ''} in step {self.number}"
+
+
+def inputs(
+    step: Step, scored: torch.Tensor, xt: torch.Tensor, draws: torch.Tensor, *, number: int, particles: int, compact: bool
+) -> tuple[Move, Names]:
+    """What a step reads of the states xt [N, L] with the seeds ``draws`` [N]: of the rows that take part, or in a fixed shape of all.
+
+    scored: int64 [Q] on the CPU, the rows whose candidates the energy chooses among.
+    """
+    made, device = step if compact else step.spread(len(xt)), xt.device
+    used = torch.isin(made.rows, scored)
+    if compact:
+        # An energy reads whole sequences; of the others only what opens is ever used.
+        active = torch.where(used[:, None], made.masked, made.opening)
+    else:
+        active = made.opening if not len(scored) else torch.ones_like(made.opening)  # energies see everybody
+        active, used = upload(active, device), upload(used, device)
+    seen, everybody = slice(*step.columns), len(made.rows) == len(xt)
+    rows = None if everybody else upload(made.rows, device)
+    move = Move(
+        xt=xt[:, seen] if rows is None else xt[rows, seen],
+        t=upload(made.t.float(), device),
+        seed=draws if rows is None else draws[rows],
+        offset=upload(made.offset, device),
+        opening=upload(made.opening.float(), device),
+        active=active,
+        scored=used,
+    )
+    return move, Names(number, made.rows, step.columns, made.masked, particles)
