@@ -79,6 +79,21 @@ def test_more_candidates_come_closer_to_the_data(universe, denoiser, energy):
     assert total_variation(counts(universe, many.tokens) / N, universe.q) < 0.02
 
 
+def test_more_steps_come_closer_to_the_data(universe, denoiser):
+    """The enumerated total variation of the perfect factorised proposal falls with T; that of the perfect joint is 0 at every T."""
+    previous = math.inf
+    for steps in (1, 2, 4, 16, 64):
+        law = generate_law(universe, lambda xt, t: universe.product(xt), grid(steps))
+        assert total_variation(law, universe.q) < previous
+        previous = total_variation(law, universe.q)
+        if steps >= 16:
+            out = generate(denoiser, batch_size=N, length=3, steps=steps, seed=17)
+            assert g_test(counts(universe, out.tokens), law) > 1e-6
+        if steps <= 4:
+            joint = generate_law(universe, lambda xt, t: universe.posterior(xt), grid(steps))
+            assert total_variation(joint, universe.q) < 1e-12
+
+
 @pytest.mark.parametrize("carry_over", [False, True])
 def test_autoregressive_energies(universe, denoiser, carry_over):
     """A residual energy made of a tabular AR model: p_AR(x0 | xt) in the limit (AR), or the enumerated K-law (coAR)."""
