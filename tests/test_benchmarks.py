@@ -358,7 +358,11 @@ def test_a_decode_is_timed_beside_the_published_loop_and_the_networks_alone(deco
         set(stages) == {"denoise", "propose", "energy", "select", "reverse"} == set(found[whole, loop.ADAPTED]["stage_seconds"])
     )
     assert all(seconds > 0 for seconds in stages.values())
-    assert 0.5 < 1e3 * sum(stages.values()) / found[whole, loop.EDLM]["median"] < 1.5
+    assert 0.5 < 1e3 * sum(stages.values()) / found[whole, loop.EDLM]["median"] <= 1
+    for (_, name), row in found.items():
+        if name != loop.NETWORKS:  # the stages are parts of the very runs that the time is of
+            assert 0 <= row["rest_seconds"] == pytest.approx(1e-3 * row["median"] - sum(row["stage_seconds"].values()))
+    assert all(isinstance(found[case, loop.EDLM]["not_conclusive"], list) for case in (whole, part))
     assert [check["value"] for check in decoding["checks"]] == [1, 1]
 
 

@@ -162,3 +162,32 @@ def test_the_networks_alone_are_the_calls_of_the_decode():
     assert len(made) == len(recorder.calls) and all(value.isfinite().all() for value in made)
     assert recorder.bytes(found.denoiser, found.causal_lm) > sum(p.nbytes for p in found.denoiser.output_layer.parameters())
     assert math.isclose(sum(len(only) for only in loop.stretches(case._replace(part=case.steps))), case.steps)
+
+
+def test_figures_are_of_the_timed_runs_and_stages_of_the_one_in_the_middle():
+    warm_up, *timed = (
+        loop.Told(9, 50, 50, {"denoise": 9, "energy": 0}),
+        loop.Told(3, 7, 2, {"denoise": 1, "energy": 1}),
+        loop.Told(1, 5, 1, {"denoise": 1, "energy": 0}),
+        loop.Told(2, 6, 3, {"denoise": 0, "energy": 2}),
+        loop.Told(4, 9, 9, {"denoise": 0, "energy": 4}),
+    )
+    runs = loop.Runs(None)
+    runs.told = [warm_up, *timed[:3]]
+    assert runs.figures(2, 3) == {"nfe": 12, "energy_nfe": 4, "stage_seconds": {"denoise": 0, "energy": 4}}
+    runs.told = [warm_up, warm_up, *timed]
+    found = runs.figures(1, 4)
+    assert found["stage_seconds"] == {"denoise": 0.5, "energy": 1.5}, "the mean of the two in the middle"
+    assert found["nfe"] == round(6.5) and found["energy_nfe"] == round(2.5)
+
+
+def test_a_noisy_machine_is_not_conclusive():
+    def row(median, low, high, note=None):
+        return {"median": median, "low": low, "high": high, "note": note}
+
+    calm = {loop.EDLM: row(10, 9, 13), loop.NETWORKS: row(11, 10, 12), loop.PUBLISHED: row(50, 20, 60, "scaled")}
+    assert loop.doubts(calm) == [] == loop.doubts({loop.EDLM: calm[loop.EDLM]})
+    (spread,) = loop.doubts(calm | {loop.EDLM: row(10, 8, 13)})
+    assert spread == f"the quartiles of {loop.EDLM} are 1.62x apart"
+    (networks,) = loop.doubts(calm | {loop.NETWORKS: row(13, 12, 14)})
+    assert networks == f"{loop.NETWORKS} took 1.30x the loop that contains them"

@@ -14,6 +14,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
@@ -42,6 +43,8 @@ LARGEST = LARGEST_CUDA = 1 << 16  # of the session's pool of logits, which is no
 EDLM, NETWORKS, PUBLISHED, ADAPTED = "edlm", "networks alone", "published loop", "published loop, edlm's energy"
 VOCABULARY = 50258  # GPT-2's tokens and the mask
 PEAKS = (2, 8, 16)  # candidates
+MOST_SPREAD = 1.5  # upper over lower quartile,
+MOST_NETWORKS = 1.2  # and the networks alone over edlm: beyond them times are not conclusive
 
 
 class Case(NamedTuple):
@@ -162,6 +165,15 @@ class Theirs:
         return [self._decode(start, only) for start, only in zip(self.starts, self.parts, strict=True)]
 
 
+class Told(NamedTuple):
+    """What one run tells of itself; ``seconds``, as whoever waits for it sees them, tell which run the median is of."""
+
+    seconds: float
+    nfe: int
+    energy_nfe: int
+    stage_seconds: dict[str, float]
+
+
 class Runs:
     """A loop as a variant, which keeps what every run told of itself."""
 
@@ -169,20 +181,39 @@ class Runs:
         self.run, self.told = run, []
 
     def __call__(self, number: int) -> None:
-        self.told.append([(out.nfe, out.energy_nfe, out.stage_seconds) for out in self.run(number)])
+        begin = time.perf_counter()
+        parts = self.run(number)
+        if parts[0].tokens.is_cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - begin
+        stages = {stage: sum(part.stage_seconds[stage] for part in parts) for stage in parts[0].stage_seconds}
+        self.told.append(Told(seconds, sum(part.nfe for part in parts), sum(part.energy_nfe for part in parts), stages))
 
-    def figures(self, factor: float) -> dict[str, object]:
-        """Medians over the runs."""
-
-        def median(of: Callable[[tuple], float]) -> float:
-            return factor * statistics.median(sum(of(part) for part in parts) for parts in self.told)
-
-        stages = self.told[0][0][2]
+    def figures(self, factor: float, timed: int) -> dict[str, object]:
+        """Of the last ``timed`` runs, those that the time is of: a warm-up and a trial came before. Medians of the calls; the stages
+        of the run whose time is the median (of an even number the mean of the two in the middle, as the median is)."""
+        told = sorted(self.told[-timed:], key=lambda run: run.seconds)
+        middle = told[(len(told) - 1) // 2 : len(told) // 2 + 1]
         return {
-            "nfe": round(median(lambda part: part[0])),
-            "energy_nfe": round(median(lambda part: part[1])),
-            "stage_seconds": {stage: median(lambda part, stage=stage: part[2][stage]) for stage in stages},
+            "nfe": round(factor * statistics.median(run.nfe for run in told)),
+            "energy_nfe": round(factor * statistics.median(run.energy_nfe for run in told)),
+            "stage_seconds": {
+                stage: factor * statistics.mean(run.stage_seconds[stage] for run in middle) for stage in told[0].stage_seconds
+            },
         }
+
+
+def doubts(rows: dict[str, dict]) -> list[str]:
+    """Why the times of a case (rows by name) are not conclusive: signs that the machine did something else meanwhile. Stretches of
+    a loop differ by what they happen to call, so that their spread is none."""
+    found = [
+        f"the quartiles of {name} are {row['high'] / row['low']:.2f}x apart"
+        for name, row in rows.items()
+        if not row["note"] and row["high"] > MOST_SPREAD * row["low"]
+    ]
+    if NETWORKS in rows and rows[NETWORKS]["median"] > MOST_NETWORKS * rows[EDLM]["median"]:
+        found.append(f"{NETWORKS} took {rows[NETWORKS]['median'] / rows[EDLM]['median']:.2f}x the loop that contains them")
+    return found
 
 
 def timed(session: Session, case: Case, names: tuple[str, ...]) -> None:
@@ -222,12 +253,17 @@ def timed(session: Session, case: Case, names: tuple[str, ...]) -> None:
     for name, row in rows.items():
         row["over"] = {"name": EDLM, "value": row["median"] / rows[EDLM]["median"]}
         if name in runs:
-            row |= runs[name].figures(case.steps / part if name != EDLM else 1)
+            row |= runs[name].figures(case.steps / part if name != EDLM else 1, row["repetitions"])
+            row["rest_seconds"] = 1e-3 * row["median"] - sum(row["stage_seconds"].values())
             stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in row["stage_seconds"].items())
+            stages += f", everything else {row['rest_seconds']:.2f} s"
             calls = f"denoiser {row['nfe']} calls, energy {row['energy_nfe']}"
             print(f"  {name:<44}{row['over']['value']:>8.2f}x edlm; {calls}; {stages}", flush=True)
         else:
             row |= {"nfe": recorder.nfe, "energy_nfe": recorder.energy_nfe}
+    rows[EDLM]["not_conclusive"] = doubts(rows)
+    for doubt in rows[EDLM]["not_conclusive"]:
+        print(f"  NOT CONCLUSIVE: {doubt}", flush=True)
 
 
 # --- what both loops must do -------------------------------------------------------------------------------------------------------

@@ -307,6 +307,20 @@ def test_an_energy_of_another_vocabulary(denoiser, energy):
         generate(denoiser, energy=Other(), **full)
     Other.vocab_size = 3  # an autoregressive model, which knows no mask
     generate(denoiser, energy=Other(), **full)
+    Other.max_length = 2
+    with pytest.raises(ValueError, match=r"the energy takes at most 2 tokens \(max_length\), got 3 tokens .* block_length=1"):
+        generate(denoiser, energy=Other(), **full)
+
+    class Causal(Other):
+        max_length = None
+
+        def log_probs(self, x0):
+            return x0
+
+    with pytest.raises(
+        ValueError, match=r"energy: .* got an autoregressive model \(Causal\); wrap it: edlm.models.ARResidualEnergy"
+    ):
+        generate(denoiser, energy=Causal(), **full)
 
 
 def test_a_window_without_a_step_is_told(universe, denoiser, energy):

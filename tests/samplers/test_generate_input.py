@@ -15,7 +15,7 @@ BAD = [
     ({"steps": 0}, r"steps: expected an int >= 1 .* got 0"),
     ({"steps": None}, r"steps: expected an int >= 1 .* got None"),
     ({"steps": 2**32 + 1}, r"steps: expected at most 2\*\*32"),
-    ({"device": "foo"}, r"device: expected a torch device such as .* got 'foo'"),
+    ({"device": "foo"}, r"device: expected a torch device that is there, such as .* got 'foo'"),
     ({"sampler": "first_hitting"}, r"steps: the first-hitting sampler .* got 2"),
     ({"sampler": "ddim"}, r"sampler: expected one of ancestral, first_hitting, remasking, left_to_right, got 'ddim'"),
     ({"batch_size": 0}, r"batch_size: expected an int >= 1 where there is no prompt, got 0"),

@@ -209,9 +209,10 @@ def test_a_fixed_shape_does_not_mind_who_is_not_scored(universe, denoiser, energ
     assert torch.equal(compact.tokens, fixed.tokens) and torch.equal(compact.ess.nan_to_num(), fixed.ess.nan_to_num())
 
 
+@pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_wrong_logits_are_named(universe, denoiser, split, bad):
+def test_wrong_logits_are_named(monkeypatch, universe, denoiser, split, bad, compact):
     """Sequence and position of the batch, and the step; the first sequences are complete, so that rows of a step are others."""
 
     class Bad:
@@ -224,7 +225,10 @@ def test_wrong_logits_are_named(universe, denoiser, split, bad):
 
     prompt = torch.tensor([(0, 1, 2), (1, 1, 1), (1, 3, 0), (2, 0, 3), (3, 3, 3)])
     with pytest.raises(ValueError, match=r"denoiser: expected logits .* got others at position 2 of sequence 3 in step 0$"):
-        generate(Split(Bad()) if split else Bad(), prompt=prompt, sampler="first_hitting")
+        generate(Split(Bad()) if split else Bad(), prompt=prompt, sampler="first_hitting", compact=compact)
+    monkeypatch.setattr("edlm.samplers.propose._HEAD_BYTES", 100)  # two sequences, or six rows, at a time
+    with pytest.raises(ValueError, match=r"got others at position 2 of sequence 3 in step 0$"):
+        generate(Split(Bad()), prompt=prompt, sampler="first_hitting", compact=compact)
 
 
 def test_wrong_shapes_are_named(denoiser):

@@ -91,6 +91,26 @@ def test_number_of_calls(steps, batch):
     assert torch.equal(out.tokens[-1], one.tokens[0])
 
 
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        ({"sampler": "first_hitting"}, 8), ({"sampler": "left_to_right"}, 8), ({"sampler": "remasking", "steps": 20}, 20),
+        ({"steps": 3, "block_length": 2}, 8), ({"steps": 1, "lengths": torch.tensor([8, 5, 8, 2]), "pad_token_id": 0}, 3),
+        ({"sampler": "remasking", "steps": 5, "remask_prob": 1.0, "block_length": 4}, 10),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_number_of_calls_of_the_others(options, most):
+    class Uniform:
+        mask_token_id, vocab_size = 5, 6
+
+        def __call__(self, xt, t):
+            return torch.zeros(*xt.shape, 6)
+
+    for seed in range(20):
+        assert 1 <= generate(Uniform(), batch_size=4, length=8, seed=seed, **options).nfe <= most
+
+
 def remasking_schedule(steps, prob):
     """(t, probability to open, probability to be masked again), from the paper's posterior with alpha = 1 - t."""
     for i in range(steps):

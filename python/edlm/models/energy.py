@@ -163,6 +163,11 @@ class ARResidualEnergy:
         self.spread_bytes_per_token = 3 * 4 * dim if dim else self.bytes_per_token
 
     @property
+    def max_length(self) -> int | None:
+        """The most tokens that the model is meant for; None where it does not say."""
+        return getattr(self.causal_lm, "max_length", None)
+
+    @property
     def vocab_size(self) -> int | None:
         """The ids that the model reads are 0 .. vocab_size - 1; None where it does not say."""
         return getattr(self.causal_lm, "vocab_size", None)

@@ -27,9 +27,12 @@ class NCEEnergyConfig:
     cond_dim: int = 128
     dropout: float = 0.1
     time_conditioning: bool = False
+    max_length: int | None = None
     pooling: Literal["sum", "mean"] = "sum"
 
     def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length: expected a number of tokens >= 1, or None, got {self.max_length}")
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(f"mask_token_id: expected an id in 0 .. {self.vocab_size - 1}, got {self.mask_token_id}")
         if self.pooling not in ("sum", "mean"):
@@ -75,7 +78,7 @@ class NCEEnergy(Pretrained, nn.Module):
     def __init__(self, config: NCEEnergyConfig) -> None:
         super().__init__()
         self.config = config
-        self.mask_token_id, self.vocab_size = config.mask_token_id, config.vocab_size
+        self.mask_token_id, self.vocab_size, self.max_length = config.mask_token_id, config.vocab_size, config.max_length
         self.max_bytes = 256 << 20
         # Four bytes a number; a block's peak was measured at 12 x dim (its MLP: residual, norm, modulation, twice 4 x dim).
         self.bytes_per_token = 14 * 4 * config.dim
@@ -114,8 +117,7 @@ class NCEEnergy(Pretrained, nn.Module):
             raise ValueError(
                 f"dit: expected an edlm.models.DiT, got {type(dit).__name__}; build another network's energy by hand"
             )
-        sizes = {name: value for name, value in vars(dit.config).items() if name != "max_length"}
-        sizes |= {} if dropout is None else {"dropout": dropout}
+        sizes = vars(dit.config) | ({} if dropout is None else {"dropout": dropout})
         model = cls(NCEEnergyConfig(**sizes, pooling=pooling)).to(dit.vocab_embed.weight)
         for name in ("vocab_embed", "sigma_map", "transformer", "norm_final", "adaLN_final"):
             getattr(model, name).load_state_dict(getattr(dit, name).state_dict())

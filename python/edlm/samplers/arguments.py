@@ -44,9 +44,12 @@ def check_denoiser(denoiser: Denoiser) -> tuple[int, int]:
 def device_of(denoiser: Denoiser, prompt: torch.Tensor | None, device: torch.device | str | None) -> torch.device:
     if device is not None:
         try:
-            return torch.device(device)
-        except (RuntimeError, TypeError):
-            raise ValueError(f"device: expected a torch device such as 'cpu' or 'cuda:0', got {device!r}") from None
+            return torch.empty(0, device=device).device
+        except (RuntimeError, TypeError, AssertionError) as error:  # the last is torch's where it has no CUDA
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"device: expected a torch device that is there, such as 'cpu' or 'cuda:0', got {device!r} ({reason})"
+            ) from None
     parameter = next(denoiser.parameters(), None) if isinstance(denoiser, torch.nn.Module) else None
     if parameter is not None:
         return parameter.device
@@ -172,6 +175,11 @@ def check_energy(energy: EnergyModel | None, temperature: float, mask: int, voca
         return
     if not callable(energy):
         raise ValueError(f"energy: expected a callable x0, xt, t, log_p -> [B, K] (edlm.protocols.EnergyModel), got {energy!r}")
+    if callable(getattr(energy, "log_probs", None)):
+        raise ValueError(
+            f"energy: expected a callable x0, xt, t, log_p -> [B, K], got an autoregressive model ({type(energy).__name__}); wrap it: "
+            "edlm.models.ARResidualEnergy(model, mask_token_id=...)"
+        )
     size = getattr(energy, "vocab_size", None)
     # A model that reads no mask may do without it where it is the last id.
     if isinstance(size, int) and size != vocab_size and not (size == vocab_size - 1 == mask):
@@ -208,19 +216,28 @@ def check_particles(
         )
 
 
-def check_span(denoiser: Denoiser, length: int, block_length: int | None, context_length: int | None) -> int | None:
-    """How many columns a network may see at once; all if None."""
+def check_span(
+    denoiser: Denoiser, energy: EnergyModel | None, length: int, block_length: int | None, context_length: int | None
+) -> int | None:
+    """How many columns the networks may see at once; all if None."""
     for name, value in (("block_length", block_length), ("context_length", context_length)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
-    limit = getattr(denoiser, "max_length", None)
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise ValueError(f"denoiser: max_length: expected an int >= 1, or None for any, got {limit!r}")
+    limit, whose = None, ""
+    for name, network in (("denoiser", denoiser), ("energy", energy)):
+        most = getattr(network, "max_length", None)
+        if most is None:
+            continue
+        if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+            raise ValueError(f"{name}: max_length: expected an int >= 1, or None for any, got {most!r}")
+        if limit is None or most < limit:
+            limit, whose = most, name
     context = context_length or (limit if block_length else None)
     if context is not None and block_length is not None and context < min(block_length, length):
-        least, whose = min(block_length, length), "" if context_length else " (the denoiser's max_length)"
+        given = "" if context_length else f" (max_length of the {whose})"
         raise ValueError(
-            f"context_length: expected at least the {least} columns of a block, got {context}{whose}; take block_length <= {context}"
+            f"context_length: expected at least the {min(block_length, length)} columns of a block, got {context}{given}; take "
+            f"block_length <= {context}"
         )
     if context is not None and block_length is None and context < length:
         raise ValueError(
@@ -229,10 +246,13 @@ def check_span(denoiser: Denoiser, length: int, block_length: int | None, contex
         )
     if limit is not None and min(context or length, length) > limit:
         what = f"context_length = {context}" if context else f"{length} tokens (the prompt's, or length)"
-        raise ValueError(
-            f"prompt, length: the denoiser takes at most {limit} tokens (max_length), got {what}; shorten it, or decode in blocks: "
-            f"block_length={max(1, limit // 2)}, context_length={limit}"
+        # A model that keeps a cache from the left has no other context.
+        blocks = (
+            ""
+            if callable(getattr(denoiser, "prepare", None))
+            else (f", or decode in blocks: block_length={max(1, limit // 2)}, context_length={limit}")
         )
+        raise ValueError(f"prompt, length: the {whose} takes at most {limit} tokens (max_length), got {what}; shorten it{blocks}")
     return context
 
 

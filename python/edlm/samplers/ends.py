@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 
 class Ends:
     """``open`` bool [B] on the CPU says in which sequences there is anything left to decode."""
 
-    def __init__(self, start: torch.Tensor, lengths: torch.Tensor, stop: int | None, mask: int, look: str) -> None:
-        """start int64 [B, L], lengths int64 [B] on the CPU; ``look`` for stop tokens after each "step" or "block", or "never"."""
-        self.lengths, self.stop, self.mask, self.often = lengths, stop, mask, look
+    def __init__(
+        self, start: torch.Tensor, lengths: torch.Tensor, stop: int | None, mask: int, when: Literal["step", "block", "never"]
+    ) -> None:
+        """start int64 [B, L], lengths int64 [B] on the CPU; ``when`` to look for stop tokens: after each step or block."""
+        self.lengths, self.stop, self.mask, self.when = lengths, stop, mask, when
         self.open = torch.ones(len(lengths), dtype=torch.bool)
         self._generated = start == mask
 
     def look(self, xt: torch.Tensor, ends_block: bool) -> None:
         """After a step: whoever has generated a stop token, with nothing masked before it, is done."""
-        if self.stop is None or self.often == "never" or (self.often == "block" and not ends_block):
+        if self.stop is None or self.when == "never" or (self.when == "block" and not ends_block):
             return
         stopped = self._stops(xt) & (xt != self.mask).cumprod(1).bool()  # and all before it is open
         self.open &= ~stopped.any(1).cpu()

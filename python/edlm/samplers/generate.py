@@ -73,7 +73,8 @@ def generate(
     and one is picked with probability softmax(-E / energy_temperature); outside the window x0 ~ mu. Positions that open between t and
     s then take their token from it. As K grows the step tends to p(x0 | xt) = mu exp(-E) / Z; the bias at finite K is
     O(1 / K). K = 1, an empty window or no energy is plain masked diffusion, bitwise under the same seed. Each sequence keeps its own
-    clock, so a batch costs no more denoiser calls than its busiest sequence: at most min(T, L), in each block and for each length.
+    clock, so a batch costs no more denoiser calls than its busiest sequence: at most min(T, L) on the ancestral grid, L where one
+    position opens at a time, T with remasking; in each block, and for each length.
 
     What to decode:
         denoiser: any ``edlm.protocols.Denoiser``. With ``hidden`` and ``head`` the head runs on the rows that are drawn only.
@@ -92,7 +93,7 @@ def generate(
         steps: T >= 1, for the samplers with a grid (of every block). At s = 0 everything still masked opens.
         block_length: decode in blocks of so many columns from the left, each by a run of the sampler of its own from t = 1 to 0
             (semi-autoregressive). context_length: the networks see so many columns, up to the end of the block or further where it
-            is near the start; a denoiser's ``max_length``, or all, if left out. So texts longer than the training length are made.
+            is near the start; the networks' ``max_length``, or all, if left out. So texts longer than the training length are made.
         schedule: of the opening times; log-linear (the default) opens positions uniformly in t.
 
     The energy:
@@ -125,7 +126,7 @@ def generate(
         SampleOutput.
 
     Raises:
-        ValueError: whatever argument does not fit, by name; a prompt without masks, or longer than the denoiser's ``max_length``; NaN
+        ValueError: whatever argument does not fit, by name; a prompt without masks, or longer than the networks' ``max_length``; NaN
             logits or energies (with step, sequence and candidate); more candidates than there is memory for (with how many fit).
 
     RNG: opening times Philox(seed[b]; i, 0, 0, OPEN); a step draws with the offset of its index in the grid, of its opening
@@ -139,10 +140,10 @@ def generate(
     batch, size = start.shape
     ends = check.lengths_of(lengths, batch, size)
     check.check_ends(stop_token_id, pad_token_id, mask, vocab_size, bool((ends < size).any()))
-    context = check.check_span(denoiser, int(ends.max()), block_length, context_length)
+    check.check_energy(energy, energy_temperature, mask, vocab_size)
+    context = check.check_span(denoiser, energy, int(ends.max()), block_length, context_length)
     clock = check.clock_of(sampler, steps, remask_prob, schedule, -(-size // (block_length or size)))
     low_high = check.window_of(window, window_ess)
-    check.check_energy(energy, energy_temperature, mask, vocab_size)
     count, target = check.candidates_of(num_candidates, max_candidates, ess_target, energy)
     automatic = target is not None or window == "auto"
     check.check_particles(num_particles, resample_threshold, resample_scheme, energy, energy_temperature, automatic, denoiser)
@@ -182,8 +183,8 @@ def generate(
     reverse = Reverse(denoiser, proposal, scorer, stages, compact)
     record = Record(xt, num_particles, return_history)
     # Particles stay together; what is shown may be masked again until its block ends; and on a GPU to look is to wait.
-    early = "never" if population else "step" if device.type == "cpu" and sampler != "remasking" else "block"
-    finish = Ends(start.to(device), ends, stop_token_id, mask, early)
+    when = "never" if population else "step" if device.type == "cpu" and sampler != "remasking" else "block"
+    finish = Ends(start.to(device), ends, stop_token_id, mask, when)
     correcting = torch.full((len(xt),), corrects)  # until the ESS says otherwise, with window "auto"
     nfe, most = 0, plan.most()
     # no_grad rather than inference_mode: what comes out may be trained on.

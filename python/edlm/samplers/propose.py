@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -43,51 +45,43 @@ class Proposal:
 
     def draw(self, output: torch.Tensor, move: Move, num_candidates: int, names: Names) -> Candidates:
         """The active masked rows of xt, drawn K times each from what ``denoise`` returned; overwritten by the next draw."""
-        xt, seed, offset, mask = move.xt, move.seed, move.offset, self.denoiser.mask_token_id
+        xt, mask, filters = move.xt, self.denoiser.mask_token_id, self.filters
         if not offers_head(self.denoiser):
             active = upload(move.active, xt.device) if self.compact else move.active
-            try:
+            with self._blaming(output, lambda: (active & (xt == mask)).nonzero().cpu(), names):
                 return sample_candidates(
-                    output, xt, mask, num_candidates, active=active, seed=seed, offset=offset, **self.filters
+                    output, xt, mask, num_candidates, active=active, seed=move.seed, offset=move.offset, **filters
                 )
-            except ValueError as error:
-                self._blame(error, output, (active & (xt == mask)).nonzero().cpu(), names)
         candidates = self._candidates(xt, num_candidates)
         each = max(4 * self.denoiser.vocab_size, 16 * num_candidates)  # bytes of a row
         if self.compact:
-            rows = move.active.nonzero()
-            for chunk in rows.split(max(1, _HEAD_BYTES // each)):
+            for chunk in move.active.nonzero().split(max(1, _HEAD_BYTES // each)):
                 b, i = (upload(index, xt.device) for index in chunk.T.contiguous())
                 logits = self._head(output[b, i])
-                try:
+                with self._blaming(logits, lambda chunk=chunk: chunk, names):
                     drawn = sample_categorical(
-                        logits, num_candidates, position=i, forbidden=mask, seed=seed[b], offset=offset[b], **self.filters
+                        logits, num_candidates, position=i, forbidden=mask, seed=move.seed[b], offset=move.offset[b], **filters
                     )
-                except ValueError as error:
-                    self._blame(error, logits, chunk, names)
-                candidates.tokens[b, :, i], candidates.log_probs[b, :, i] = drawn.tokens, drawn.log_probs
-                if self.shaped:
-                    candidates.model_log_probs[b, :, i] = drawn.model_log_probs
+                self._store(candidates, (b, slice(None), i), drawn)
             return candidates
         batch, length = xt.shape
         sequences = max(1, _HEAD_BYTES // (each * length))
         for first in range(0, batch, sequences):
             part = slice(first, first + sequences)
             logits = self._head(output[part].flatten(0, 1)).view(-1, length, self.denoiser.vocab_size)
-            drawn = sample_candidates(
-                logits,
-                xt[part],
-                mask,
-                num_candidates,
-                active=move.active[part],
-                seed=seed[part],
-                offset=offset[part],
-                **self.filters,
-            )
-            candidates.tokens[part], candidates.log_probs[part] = drawn.tokens, drawn.log_probs
-            if self.shaped:
-                candidates.model_log_probs[part] = drawn.model_log_probs
+            x, active = xt[part], move.active[part]
+            # Of the logits the rows count from ``first`` on.
+            with self._blaming(logits, lambda x=x, on=active: (on & (x == mask)).nonzero().cpu(), names, first):
+                drawn = sample_candidates(
+                    logits, x, mask, num_candidates, active=active, seed=move.seed[part], offset=move.offset[part], **filters
+                )
+            self._store(candidates, part, drawn)
         return candidates
+
+    def _store(self, candidates: Candidates, where: slice | tuple, drawn: Candidates) -> None:
+        candidates.tokens[where], candidates.log_probs[where] = drawn.tokens, drawn.log_probs
+        if self.shaped:
+            candidates.model_log_probs[where] = drawn.model_log_probs
 
     def _head(self, rows: torch.Tensor) -> torch.Tensor:
         logits = self.denoiser.head(rows)
@@ -98,18 +92,23 @@ class Proposal:
             )
         return logits
 
-    def _blame(self, error: ValueError, logits: torch.Tensor, rows: torch.Tensor, names: Names) -> None:
-        """Say of which sequence, position and step the logits are that an op refused; rows int64 [N, 2] of (sequence, column)."""
-        flat = logits if logits.dim() == 2 else logits[rows[:, 0], rows[:, 1]]
-        keep = torch.arange(flat.shape[-1], device=flat.device) != self.denoiser.mask_token_id
-        bad = (flat.isnan() | (flat == math.inf))[:, keep].any(-1) | ~flat[:, keep].isfinite().any(-1)
-        if not bool(bad.any()):
-            raise error
-        b, i = rows[int(bad.long().argmax())].tolist()
-        raise ValueError(
-            f"denoiser: expected logits that are finite or -inf, and a finite one, got others at position {names.columns[0] + i} of "
-            f"{names.whose(b)}"
-        ) from error
+    @contextlib.contextmanager
+    def _blaming(self, logits: torch.Tensor, rows: Callable[[], torch.Tensor], names: Names, first: int = 0) -> Iterator[None]:
+        """Where an op refuses logits, say of which sequence, position and step; ``rows`` gives int64 [N, 2] of (sequence, column)."""
+        try:
+            yield
+        except ValueError as error:
+            at = rows()
+            flat = logits if logits.dim() == 2 else logits[at[:, 0], at[:, 1]]
+            keep = torch.arange(flat.shape[-1], device=flat.device) != self.denoiser.mask_token_id
+            bad = (flat.isnan() | (flat == math.inf))[:, keep].any(-1) | ~flat[:, keep].isfinite().any(-1)
+            if not bool(bad.any()):
+                raise
+            b, i = at[int(bad.long().argmax())].tolist()
+            raise ValueError(
+                f"denoiser: expected logits that are finite or -inf, and a finite one, got others at position "
+                f"{names.columns[0] + i} of {names.whose(first + b)}"
+            ) from error
 
     def _candidates(self, xt: torch.Tensor, num_candidates: int) -> Candidates:
         """xt K times with log-probabilities 0, in the buffers."""
