@@ -139,7 +139,8 @@ def _stages(rows: list[dict]) -> list[str]:
     rows = [r for r in rows if r["case"] == rows[0]["case"] and "stage_seconds" in r]
     names = list(rows[0]["stage_seconds"])
     body = [[name, *(f"{r['stage_seconds'][name]:.2f}" for r in rows)] for name in names]
-    rest = [max(0.0, 1e-3 * r["median"] - sum(r["stage_seconds"].values())) for r in rows]
+    # Older results had stages of one run more than their time, and no rest of their own.
+    rest = [r.get("rest_seconds", max(0.0, 1e-3 * r["median"] - sum(r["stage_seconds"].values()))) for r in rows]
     body.append(["everything else", *(f"{seconds:.2f}" for seconds in rest)])
     return _table([f"stages, s ({_label(rows[0])})", *(r["name"] for r in rows)], body)
 

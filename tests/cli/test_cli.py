@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -343,7 +344,7 @@ MISTAKES = {
     "a prompt with other characters": (("sample", DIT, "--prompt", "it's _"), "prompt: expected a-z, spaces and _"),
     "an empty prompt": (("sample", DIT, "--prompt", ""), "prompt: expected the mask"),
     "a prompt and another length": (("sample", DIT, "--prompt", "a_", "--length", "5"), "length: the prompt has 2, got 5"),
-    "steps 0": ((*SAMPLE, "--steps", "0"), "steps: expected an int >= 1"),
+    "steps 0": ((*SAMPLE, "--steps", "0"), "error: --steps: expected an int >= 1"),
     "steps of first-hitting": ((*SAMPLE, "--sampler", "first_hitting", "--steps", "4"), "steps: the first-hitting sampler"),
     "length 0": (("sample", DIT, "--length", "0"), "length: expected an int >= 1"),
     "num 0": ((*SAMPLE, "--num", "0"), "--num: expected a number >= 1, got 0"),
@@ -351,11 +352,11 @@ MISTAKES = {
     "a window below 0": ((*ENERGY, "--window", "-0.1", "1"), "window: expected 0 <= lo <= hi <= 1"),
     "a window the wrong way": ((*ENERGY, "--window", "1", "0"), "window: expected 0 <= lo <= hi <= 1"),
     "a window of nan": ((*ENERGY, "--window", "nan", "1"), "window: expected 0 <= lo <= hi <= 1"),
-    "K 0": ((*ENERGY, "--num-candidates", "0"), "num_candidates: expected an int >= 1, or auto, got 0"),
+    "K 0": ((*ENERGY, "--num-candidates", "0"), "--num-candidates: expected an int >= 1, or auto, got 0"),
     "K without an energy": ((*SAMPLE, "--num-candidates", "4"), "4 candidates need an energy to choose by"),
     "carry-over without an energy": ((*SAMPLE, "--carry-over"), "--carry-over: it is a way to score with an energy, got none"),
     "a negative temperature": ((*SAMPLE, "--temperature", "-1"), "temperature"),
-    "a negative energy temperature": ((*ENERGY, "--energy-temperature", "-1"), "energy_temperature: expected a number >= 0"),
+    "a negative energy temperature": ((*ENERGY, "--energy-temperature", "-1"), "--energy-temperature: expected a number >= 0"),
     "top-k 0": ((*SAMPLE, "--top-k", "0"), "top_k"),
     "top-p 2": ((*SAMPLE, "--top-p", "2"), "top_p"),
     "a seed of 70 bits": ((*SAMPLE, "--seed", str(2**70)), "seed: expected a 64-bit integer"),
@@ -410,19 +411,95 @@ def test_a_message_of_many_lines_becomes_one(edlm, folder):
     assert code == 2 and err.count("\n") == 1 and "expected the weights of its own configuration" in err
 
 
-def test_choices_are_argparse_s_to_refuse(capsys):
-    for arguments in (
-        ["fly"],
-        ["bench"],
-        ["bench", "fly"],
-        ["bench", "ops", "--quick", "--full"],
-        ["sample", "x", "--sampler", "best"],
-        ["sample", "x", "--num", "many"],
-        ["train", "x.toml"],
-    ):
-        with pytest.raises(SystemExit) as done:
-            main(arguments)
-        assert done.value.code == 2 and "error: " in capsys.readouterr().err
+ARGPARSE = [
+    (["fly"], "COMMAND: invalid choice: 'fly'"),
+    ([], "the following arguments are required: COMMAND"),
+    (["bench"], "the following arguments are required"),
+    (["bench", "fly"], "suite: invalid choice: 'fly'"),
+    (["bench", "ops", "--quick", "--full"], ""),
+    (["sample", "x", "--sampler", "best"], "--sampler: invalid choice: 'best'"),
+    (["sample", "x", "--num", "many"], "invalid int value: 'many'; see edlm sample --help"),
+    (["sample", "x", "--num-candidates", "some"], "--num-candidates: expected a number, or auto, got 'some'"),
+    (["train", "x.toml"], "the following arguments are required: --out; see edlm train --help"),
+    (["data", "build", "x"], "the following arguments are required: --tokenizer, --out; see edlm data build --help"),
+    (
+        ["sample", "--energy", "ar", "--window", "0", "1", "dit"],
+        "--window: expected LO HI, or auto, got 3 values; put the model's folder before the options",
+    ),
+    (["sample", "--window", "auto", "dit"], "--window: expected LO HI, or auto, got 2 values; put the model's folder before"),
+    (["sample", "dit", "--window", "0.5"], "--window: expected LO HI, or auto, got 0.5"),
+    (["sample", "dit", "--window", "all", "1"], "--window: expected LO HI, or auto, got all 1"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), ARGPARSE, ids=lambda value: " ".join(value)[:40])
+def test_what_does_not_parse_is_one_line_too(capsys, arguments, message):
+    with pytest.raises(SystemExit) as done:
+        main(arguments)
+    captured = capsys.readouterr()
+    assert (done.value.code, captured.out) == (2, "")
+    assert captured.err.startswith("edlm: error: ") and captured.err.count("\n") == 1 and message in captured.err
+
+
+ALLOCATIONS = {
+    "cpu": (
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory: you tried to allocate 400 bytes."
+        ),
+        " (tried to allocate 400 bytes)",
+    ),
+    "gpu": (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has\n a total"),
+        " (tried to allocate 2.00 gib)",
+    ),
+    "python": (MemoryError(), ""),
+}
+
+
+@pytest.mark.parametrize("where", ALLOCATIONS)
+def test_out_of_memory_is_a_line_and_what_to_do(edlm, monkeypatch, where):
+    error, wanted = ALLOCATIONS[where]
+
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("edlm.samplers.generate", fail)
+    code, out, err = edlm(*SAMPLE)
+    assert (code, out) == (2, "") and err == (
+        f"edlm: error: sample: out of memory{wanted}; take fewer texts at a time (--batch-size), shorter ones, fewer candidates\n"
+    )
+
+
+def test_what_torch_itself_cannot_allocate(edlm, monkeypatch):
+    monkeypatch.setattr("edlm.samplers.generate", lambda *arguments, **options: torch.empty(1 << 58, dtype=torch.uint8))
+    code, _, err = edlm(*SAMPLE)
+    assert code == 2 and err.startswith("edlm: error: sample: out of memory (tried to allocate") and err.count("\n") == 1
+
+
+def test_other_errors_of_torch_are_not_hidden(edlm, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("a fault of the program")
+
+    monkeypatch.setattr("edlm.samplers.generate", fail)
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        edlm(*SAMPLE)
+
+
+def test_a_warning_is_one_line(edlm, monkeypatch):
+    from edlm import samplers
+
+    real, before = samplers.generate, warnings.showwarning
+
+    def warning(*arguments, **options):
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("weights of one\n  candidate", stacklevel=1)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(samplers, "generate", warning)
+    code, _, err = edlm(*SAMPLE, "--num", 1, "--steps", 1)
+    assert code == 0 and err.splitlines()[0] == "edlm: warning: weights of one candidate"
+    assert warnings.showwarning is before
 
 
 def test_ctrl_c_is_130(edlm, monkeypatch):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import sys
 
 import pytest
 import torch
 from edlm import samplers
 from edlm.cli import main
+from edlm.cli.sample import EXAMPLES
 from edlm.cli.sample_json import together
 from edlm.data import CharTokenizer, tokenizer_from
 from edlm.models import DiT
@@ -116,7 +119,7 @@ def test_batches_are_groups_of_texts_with_seeds_of_their_own(spied, sample):
 
 def test_an_autoregressive_model_is_sampled_from_left_to_right(sample):
     code, out, err = sample("ar", "--num", 3, "--length", 11)
-    assert code == 0 and [len(text) for text in out.splitlines()] == [11] * 3 and err.startswith("# 11 denoiser calls, 0 energy")
+    assert code == 0 and [len(text) for text in out.splitlines()] == [11] * 3 and err.startswith("# 11 model calls, 0 energy")
     prompt = "she was ____"
     code, out, _ = sample("ar", "--num", 2, "--prompt", prompt)
     assert code == 0 and all(text.startswith("she was ") and "_" not in text for text in out.splitlines())
@@ -267,17 +270,99 @@ def test_a_page_of_the_first_batch(sample, spied, folder, model):
     assert [call["return_history"] for call in calls] == [True, False]
 
 
-def test_watching(sample, monkeypatch):
+def test_a_page_says_how_its_texts_were_made(sample, folder):
+    more = ("--energy", "ar", "--carry-over", "--stop", "q", "--num", 1)
+    assert sample("dit", "--length", 9, "--html", "page.html", *more)[0] == 0
+    assert settings(folder / "page.html") == {
+        "model": "dit", "energy": "ar", "carry_over": "True", "length": "9", "stop": "q", "seed": "0", "steps": "32",
+    }  # fmt: skip
+    assert sample("dit", "--prompt", "she ___", "--steps", 3, "--html", "page.html")[0] == 0
+    assert settings(folder / "page.html") == {"model": "dit", "prompt": "she ___", "seed": "0", "steps": "3"}
+
+
+def settings(page):
+    rows = re.findall(r'<tr><th scope="row">(.*?)</th><td>(.*?)</td></tr>', page.read_text())
+    return dict(rows)
+
+
+WATCHED = {
+    "plain": (),
+    "batches": ("--batch-size", 2),
+    "particles": ("--energy", "ar", "--window", 0, 1, "--num-particles", 4),
+    "a stop": ("--stop", "r"),
+    "an autoregressive model": ("--stop", "r"),
+    "lengths": ("--prompt-file", "lengths"),
+    "all of it": ("--prompt-file", "lengths", "--stop", "r", "--energy", "ar", "--window", 0, 1, "--num-particles", 3),
+}
+
+
+@pytest.mark.parametrize("what", WATCHED)
+def test_watching_changes_nothing_of_what_is_printed(sample, folder, monkeypatch, what):
     pytest.importorskip("rich")
-    seen = []
-    monkeypatch.setattr("edlm.view.Watch.__call__", lambda self, report: seen.append(report.number))
+    from edlm.view import Watch
+
+    (folder / "lengths").write_text("she ___\n____________ was __\n__\n")
+    length = () if "--prompt-file" in WATCHED[what] else ("--num", 3, "--length", 20)
+    arguments = ("ar" if "auto" in what else "dit", *length, *WATCHED[what])
+    plain = sample(*arguments)[1]
+    seen, call = [], Watch.__call__
+    monkeypatch.setattr(Watch, "__call__", lambda self, report: seen.append(report.number) or call(self, report))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    code, out, err = sample("dit", "--num", 2, "--length", 9, "--steps", 5, "--batch-size", 1, "--watch")
+    monkeypatch.setenv("TERM", "xterm")
+    code, out, err = sample(*arguments, "--watch")
     assert code == 0, err
-    assert seen.count(0) == 2 and len(seen) > 4
-    assert not [line for line in out.splitlines() if len(line) == 9]  # the watch leaves the texts there, and it has seen none
-    out = sample("dit", "--num", 2, "--length", 9, "--steps", 5, "--stop", "q", "--watch")[1]
-    assert sample("dit", "--num", 2, "--length", 9, "--steps", 5, "--stop", "q")[1] in out  # where it shows more than the texts
+    assert seen.count(0) == (2 if what == "batches" else 1) and len(seen) > 1
+    assert "step 1 of" in out and "\x1b[2K" in out  # it was shown, and has vanished
+    assert out.endswith(plain) or what == "batches"
+    assert screen(out) == plain.splitlines()
+
+
+def screen(written):
+    """What a terminal holds in the end: lines, without what was erased and coloured."""
+    lines, row, column = [""], 0, 0
+    for code, character in re.findall(r"\x1b\[([?\d;]*[A-Za-z])|([\s\S])", written):
+        if code.endswith("A"):
+            row -= int(code[:-1])
+        elif code == "2K":
+            lines[row] = ""
+        elif code:
+            assert code[-1] in "mhl", code
+        elif character == "\r":
+            column = 0
+        elif character == "\n":
+            row, column = row + 1, 0
+            lines += [""] * (row + 1 - len(lines))
+        else:
+            lines[row] = (
+                (lines[row].ljust(column) + character)
+                if column >= len(lines[row])
+                else (lines[row][:column] + character + lines[row][column + 1 :])
+            )
+            column += 1
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
+
+
+# --- the examples of the help -----------------------------------------------------------------------------------------------------
+
+RENAMED = {"runs/denoiser/model": "dit", "runs/ar/model": "ar", "5000": "3", "1000": "24", "128": "16", "64": "8"}
+LINES = [line for line in EXAMPLES.splitlines() if line.startswith("edlm ")]
+
+
+def test_every_example_runs(sample, folder, monkeypatch):
+    """In their order: one of them goes on from another. As they stand, but for the models' folders, and shorter."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert len(LINES) >= 10
+    for line in LINES:
+        if "--watch" in line:
+            pytest.importorskip("rich")
+        command, *arguments = shlex.split(line, comments=True)[1:]
+        assert command == "sample"
+        code, out, err = sample(*(RENAMED.get(word, word) for word in arguments))
+        assert code == 0, f"{line}: {err}"
+        assert out.strip() and "error" not in err
+    assert (folder / "replay.html").is_file() and (folder / "texts.jsonl").is_file()
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------------------
@@ -304,8 +389,6 @@ MISTAKES = {
     "a watch without a terminal": (("dit", "--watch"), "--watch: expected a terminal on standard output"),
     "batches of 0": (("dit", "--batch-size", 0), "--batch-size: expected a number >= 1, got 0"),
     "no threads": (("dit", "--threads", 0), "--threads: expected a number >= 1, got 0"),
-    "a window of one": (("dit", "--energy", "ar", "--window", "0.5"), "--window: expected two numbers LO HI, or auto, got 0.5"),
-    "a window of words": (("dit", "--energy", "ar", "--window", "all", "1"), "--window: expected two numbers LO HI, or auto"),
     "a window without an energy": (("dit", "--window", "0", "1"), "--window: it is about an energy, got none"),
     "an ESS target of a fixed K": (
         ("dit", "--energy", "ar", "--ess-target", "2"),
@@ -315,20 +398,39 @@ MISTAKES = {
     "resampling of one": (("dit", "--energy", "ar", "--resample-scheme", "residual"), "--resample-scheme: it is for several"),
     "a scheme that is none": (
         ("dit", "--energy", "ar", "--num-particles", "2", "--resample-scheme", "best"),
-        "resample_scheme: expected one of",
+        "error: --resample-scheme: expected one of",
     ),
-    "particles without an energy": (("dit", "--num-particles", "2"), "num_particles: 2 particles need an energy"),
-    "auto without an energy": (("dit", "--num-candidates", "auto"), "num_candidates: auto candidates need an energy"),
-    "remasking of another sampler": (("dit", "--remask-prob", "0.1"), "remask_prob: it is for the remasking sampler"),
+    "particles without an energy": (("dit", "--num-particles", "2"), "error: --num-particles: 2 particles need an energy"),
+    "auto without an energy": (("dit", "--num-candidates", "auto"), "error: --num-candidates: auto candidates need an energy"),
+    "remasking of another sampler": (("dit", "--remask-prob", "0.1"), "error: --remask-prob: it is for the remasking sampler"),
     "more candidates than memory": (
         ("dit", "--energy", "ar", "--num-candidates", str(10**9)),
-        f"num_candidates: {10**9} candidates of 4 sequences",
+        f"error: --num-candidates: {10**9} candidates of 4 sequences",
     ),
     "an energy of another vocabulary": (
         ("dit", "--energy", "bpe_ar"),
         "--energy: expected a model with the denoiser's tokenizer",
     ),
-    "prompts that are not there": (("dit", "--prompt-file", "none.txt"), "none.txt"),
+    "particles of automatic candidates": (
+        ("dit", "--energy", "ar", "--num-candidates", "auto", "--num-particles", "2"),
+        "error: --num-candidates, --window: expected numbers with particles",
+    ),
+    "prompts longer than the model": (("short", "--prompt-file", "long"), "error: --prompt-file, --length: the denoiser takes"),
+    "prompts that are not there": (
+        ("dit", "--prompt-file", "none.txt"),
+        "--prompt-file: none.txt: expected a file of prompts, got: No such file",
+    ),
+    "prompts in a folder": (
+        ("dit", "--prompt-file", "dit"),
+        "--prompt-file: dit: expected a file of prompts, got: Is a directory",
+    ),
+    "prompts that are not UTF-8": (("dit", "--prompt-file", "latin"), "--prompt-file: latin: expected UTF-8, got byte 0xe9 at 3"),
+    "a page of no name": (("dit", "--html", ""), "--html: expected the name of a file, got an empty name; name a file, such as"),
+    "a page that is this folder": (("dit", "--html", "."), "--html: expected the name of a file, got the folder ."),
+    "a page that is a folder": (("dit", "--html", "ar"), "got the folder ar; name a file, such as ar/replay.html"),
+    "a file of no name": (("dit", "--out", ""), "--out: expected the name of a file, got an empty name"),
+    "a file that is this folder": (("dit", "--out", "."), "--out: expected the name of a file, got the folder ."),
+    "too many threads": (("dit", "--threads", 100000), "--threads: expected a number in 1 .. "),
     "no prompts": (("dit", "--prompt-file", "empty"), "--prompt-file: empty: expected a prompt a line, got an empty file"),
     "a prompt without a mask": (("dit", "--prompt-file", "full"), "--prompt-file: full, line 2: prompt: expected _ wherever"),
     "a prompt with odd characters": (("dit", "--prompt-file", "odd"), "--prompt-file: odd, line 1: prompt: expected a-z"),
@@ -337,11 +439,15 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_code_2(sample, folder, mistake):
+def test_a_mistake_is_one_line_and_code_2(sample, folder, mistake, monkeypatch):
     (folder / "empty").write_text("")
     (folder / "full").write_text("a_\nbc\n")
     (folder / "odd").write_text("a_!\n")
+    (folder / "long").write_text("_" * 9 + "\n")
+    (folder / "latin").write_bytes("caf\u00e9_".encode("latin-1"))
     arguments, message = MISTAKES[mistake]
+    if arguments[1] in ("--html", "--out"):
+        monkeypatch.setattr(samplers, "generate", None)  # it is not reached
     code, out, err = sample(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith("edlm: error: ") and err.count("\n") == 1 and message in err
@@ -351,17 +457,12 @@ def test_a_mistake_is_one_line_and_code_2(sample, folder, mistake):
 def test_a_prompt_longer_than_the_denoiser_says_so(sample, folder):
     code, _, err = sample("short", "--prompt", "she ____")
     assert code == 2 and "the denoiser takes at most 5 tokens (max_length)" in err
+    assert err.endswith("or decode in blocks: --block-length 2, --context-length 5\n")
     code, _, err = sample("short", "--length", 8, "--out", "long.jsonl")
     assert code == 2 and "max_length" in err and not list(folder.glob("long.jsonl*"))
     assert len(sample("short", "--num", 1)[1]) == 5 + 1  # what it can, if nobody says
     assert len(sample("dit", "--num", 1, "--steps", 1)[1]) == 128 + 1
     assert len(sample("short", "--num", 1, "--block-length", 4, "--steps", 1)[1]) == 128 + 1
-
-
-def test_count_or_auto_is_argparse_s_to_refuse(capsys):
-    with pytest.raises(SystemExit) as done:
-        main(["sample", "x", "--num-candidates", "some"])
-    assert done.value.code == 2 and "expected a number, or auto, got 'some'" in capsys.readouterr().err
 
 
 def test_text8_tokens_are_what_the_tests_say():

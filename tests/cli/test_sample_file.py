@@ -120,7 +120,7 @@ def test_a_file_that_is_there_is_not_overwritten(edlm, folder):
 
 def test_a_finished_file_is_resumed_by_doing_nothing(edlm, folder, monkeypatch):
     monkeypatch.setattr("edlm.samplers.generate", None)
-    assert edlm(*ARGUMENTS, "--out", "whole.jsonl", "--resume")[:2] == (0, f"written: whole.jsonl, {TEXTS} texts\n")
+    assert edlm(*ARGUMENTS, "--out", "whole.jsonl", "--resume")[:2] == (0, f"complete already: whole.jsonl, {TEXTS} texts\n")
     assert_complete(folder, "whole.jsonl")
 
 

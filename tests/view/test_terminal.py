@@ -72,6 +72,20 @@ def test_a_decode_on_a_terminal():
     assert everything.endswith("step 3 of 3, t 0.333, nfe 3\x1b[0m\n") and "\x1b[?25h" in everything  # and so does the cursor
 
 
+def test_what_was_shown_vanishes_where_it_is_asked_to():
+    console = terminal()
+    with Watch(decoded.decode_letters, 0, console, refresh_per_second=1e9, leave=False) as watch:
+        for one in REPORTS:
+            watch(one)
+        before = console.file.getvalue()
+    last = console.file.getvalue()[len(before) :].split("\x1b[?25h")[1]  # rich draws once more, and shows the cursor again
+    assert "step 3 of 3" in before and last.strip() == "\x1b[1A\x1b[2K" * 2
+    console = pipe()
+    with Watch(decoded.decode_letters, 0, console, leave=False) as watch:
+        watch(REPORTS[2])
+    assert console.file.getvalue() == ""
+
+
 def test_redraws_are_throttled():
     console = terminal()
     with Watch(decoded.decode_letters, 0, console, refresh_per_second=0.001) as watch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,19 @@ _MEANINGLESS = (
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def by_flags(message: str, options: argparse.Namespace) -> str:
+    """What the sampler says of its arguments, by the names that they have on the command line."""
+    flags = {name: flag(name) for name in vars(options).keys() - {"model", "command", "run"}}
+    flags["stop_token_id"] = "--stop"
+    if options.prompt_file is not None:
+        flags["prompt"] = "--prompt-file"
+    names, colon, rest = message.partition(": ")
+    if not colon:
+        return message
+    rest = re.sub(r"\b(\w+)=(\d+)\b", lambda m: f"{flags[m[1]]} {m[2]}" if m[1] in flags else m[0], rest)  # what to give instead
+    return ", ".join(flags.get(name, name) for name in names.split(", ")) + colon + rest
 
 
 @dataclass(frozen=True)

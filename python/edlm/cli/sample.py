@@ -6,8 +6,9 @@ import argparse
 import contextlib
 import hashlib
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 HELP = "decode text from a trained model, with or without an energy"
 EXAMPLES = """edlm sample runs/denoiser/model --num 2 --length 128 --steps 32
 edlm sample runs/denoiser/model --energy runs/ar/model --window 0 1 --num-candidates 16
-edlm sample runs/denoiser/model --energy runs/ar/model --num-candidates auto --window auto --num-particles 4
+edlm sample runs/denoiser/model --energy runs/ar/model --num-candidates auto --window auto
+edlm sample runs/denoiser/model --energy runs/ar/model --window 0 1 --num-particles 4
 edlm sample runs/denoiser/model --prompt "it is a truth ____________ acknowledged"
 edlm sample runs/denoiser/model --length 1000 --block-length 64 --context-length 128
 edlm sample runs/denoiser/model --html replay.html --watch
@@ -51,6 +53,29 @@ def _count_or_auto(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"expected a number, or auto, got {text!r}") from None
 
 
+class _Window(argparse.Action):
+    """LO HI, or auto. As many values as there are: argparse itself would take what is behind them for the model, or not."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        given = list(values or ())
+        if given == ["auto"]:
+            setattr(namespace, self.dest, "auto")
+            return
+        try:
+            low, high = map(float, given)
+        except ValueError:
+            many = len(given) > 2 or given[0] == "auto"
+            got = f"{len(given)} values; put the model's folder before the options" if many else " ".join(given)
+            raise argparse.ArgumentError(self, f"expected LO HI, or auto, got {got}") from None
+        setattr(namespace, self.dest, (low, high))
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     # No default of the sampler's is repeated as a value here: what is not given is not passed on.
     parser.add_argument("model", help="folder of a trained denoiser, or of an autoregressive model")
@@ -65,7 +90,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--stop", metavar="TOKEN", help="end a text with this token: as text, by its special name, or its id")
     what.add_argument("--batch-size", type=int, default=32, help="texts decoded at a time (default: %(default)s)")
     what.add_argument(
-        "--seed", type=int, default=0, help="text n of N uses seed * N + n: two seeds share no text (default: %(default)s)"
+        "--seed",
+        type=int,
+        default=0,
+        help="text n of N uses seed * N + n: with the same --num, two seeds share no text (default: %(default)s)",
     )
     order = parser.add_argument_group("in which order (denoisers)")
     order.add_argument(
@@ -83,7 +111,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     energy.add_argument("--num-candidates", type=_count_or_auto, metavar="K", help="a number, or auto (default: 8)")
     energy.add_argument("--ess-target", type=float, help="auto candidates: as many as give this ESS (default: 4)")
     energy.add_argument("--max-candidates", type=int, help="auto candidates: at most so many (default: 32)")
-    energy.add_argument("--window", nargs="+", metavar=("LO", "HI"), help="energy iff LO < t <= HI; or auto (default: 0.8 1)")
+    energy.add_argument(
+        "--window", nargs="+", action=_Window, metavar=("LO", "HI"), help="energy iff LO < t <= HI; or auto (default: 0.8 1)"
+    )
     energy.add_argument("--window-ess", type=float, help="auto window: ends at this ESS / K (default: 0.95)")
     energy.add_argument("--energy-temperature", type=float, help="0 picks the lowest energy (default: 1)")
     energy.add_argument("--energy-batch-size", type=int, help="completions scored at a time (default: all of a batch)")
@@ -107,12 +137,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..train.distributed import joined
-    from .decoder import check, open_decoder
+    from .decoder import by_flags, check
 
-    options.window = _window(options.window)
     check(options)
     _check_places(options)
+    try:
+        return _run(options)
+    except ValueError as error:
+        shown = by_flags(str(error), options)
+        if shown == str(error):
+            raise
+        raise ValueError(shown) from None
+
+
+def _run(options: argparse.Namespace) -> int:
+    from ..train.distributed import joined
+    from .decoder import open_decoder
+
     with joined(device_named(options.device)) as world:
         if world.size > 1 and options.out is None:
             if world.rank > 0:
@@ -129,31 +170,29 @@ def run(options: argparse.Namespace) -> int:
         return _to_terminal(options, decoder, batches)
 
 
-def _window(given: list[str] | None) -> tuple[float, float] | str | None:
-    if given is None:
-        return None
-    if given == ["auto"]:
-        return "auto"
-    try:
-        low, high = map(float, given)
-    except ValueError:
-        raise ValueError(f"--window: expected two numbers LO HI, or auto, got {' '.join(given)}") from None
-    return low, high
-
-
 def _check_places(options: argparse.Namespace) -> None:
     for name in ("num", "batch_size", "threads"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')}: expected a number >= 1, got {value}")
+    most = 4 * (os.cpu_count() or 1)
+    if options.threads is not None and options.threads > most:
+        raise ValueError(
+            f"--threads: expected a number in 1 .. {most}, four for each of the {most // 4} CPUs, got {options.threads}; take fewer"
+        )
     if options.resume and options.out is None:
         raise ValueError("--resume: it is for a file, got none; give --out FILE.jsonl as well, or leave it out")
     if options.history and not options.json:
         raise ValueError("--history: it is a part of what --json prints, got no --json; give it as well, or leave it out")
     for name in ("json", "html", "watch"):
-        if getattr(options, name) and options.out is not None:
+        if getattr(options, name) not in (None, False) and options.out is not None:
             raise ValueError(f"--{name}: it shows what is decoded here and now, got --out as well; leave one of them out")
-    if options.html and not Path(options.html).parent.is_dir():
+    for name, example in (("html", "replay.html"), ("out", "texts.jsonl")):
+        value = getattr(options, name)
+        if value is not None and Path(value).is_dir():  # that of "" is this one
+            what = f"the folder {value}" if value else "an empty name"
+            raise ValueError(f"--{name}: expected the name of a file, got {what}; name a file, such as {Path(value) / example}")
+    if options.html is not None and not Path(options.html).parent.is_dir():
         raise ValueError(f"--html: expected a file in a folder that exists, got {options.html}; make {Path(options.html).parent}")
     if options.watch and (options.json or not sys.stdout.isatty()):
         raise ValueError("--watch: expected a terminal on standard output, got JSON, a file or a pipe; leave it out")
@@ -196,10 +235,9 @@ def _texts(sample: SampleOutput, decoder: Decoder) -> list[str]:
 
 def _to_terminal(options: argparse.Namespace, decoder: Decoder, batches: TextBatches) -> int:
     from .sample_json import document, together
-    from .tally import Tally
 
     show = sys.stderr.isatty() and not options.json and not options.watch
-    kept, tally = [], Tally()
+    kept, tally = [], _tally(decoder)
     with _bar(batches.total, show and len(batches) > 1) as advance, _watch(options, decoder, batches) as watch:
         for number in range(len(batches)):
             history = options.history or (options.html is not None and number == 0)
@@ -209,13 +247,12 @@ def _to_terminal(options: argparse.Namespace, decoder: Decoder, batches: TextBat
             tally.add(sample)
             if options.json or (options.html is not None and number == 0):
                 kept.append(sample)
-            # A watch leaves the texts there, but with what is behind a stop.
-            if not options.json and (not options.watch or options.stop is not None):
+            if not options.json:
                 for text in _texts(sample, decoder):
                     print(text, flush=len(batches) > 1)
             advance(len(batches.indices(number)))
     if options.html is not None:
-        _page(options, decoder, kept[0])
+        _page(options, decoder, batches, kept[0])
     if options.json:
         whole = together(kept, decoder.mask_token_id)
         seeds = [batches.seed_of(n) for n in range(batches.total)]
@@ -223,6 +260,12 @@ def _to_terminal(options: argparse.Namespace, decoder: Decoder, batches: TextBat
     else:
         print(tally, file=sys.stderr)
     return 0
+
+
+def _tally(decoder: Decoder) -> Tally:
+    from .tally import Tally
+
+    return Tally("model" if decoder.causal else "denoiser")
 
 
 @contextlib.contextmanager
@@ -241,16 +284,18 @@ def _watch(options: argparse.Namespace, decoder: Decoder, batches: TextBatches) 
         return
     from ..view import Watch
 
-    # All of a batch: what it leaves on the terminal are the texts.
-    watch = Watch(decoder.tokenizer.decode, decoder.mask_token_id, rows=len(batches.indices(0)))
+    # It leaves nothing: its last state is not always what is returned. Shown are as many of a batch as fit.
+    watch = Watch(decoder.tokenizer.decode, decoder.mask_token_id, rows=len(batches.indices(0)), leave=False)
     yield lambda: watch
 
 
-def _page(options: argparse.Namespace, decoder: Decoder, sample: SampleOutput) -> None:
+def _page(options: argparse.Namespace, decoder: Decoder, batches: TextBatches, sample: SampleOutput) -> None:
     from ..view import write_page
     from .decoder import given
 
-    settings = {"model": options.model, "energy": options.energy, "seed": options.seed, **given(options)}
+    settings = {"model": options.model, "energy": options.energy, "carry_over": options.carry_over or None}
+    settings |= {"prompt": options.prompt, "prompt_file": options.prompt_file, "length": batches.length, "stop": options.stop}
+    settings |= {"seed": options.seed, "steps": decoder.options.get("steps"), **given(options)}
     shown = {name: value for name, value in settings.items() if value is not None}
     decode = decoder.tokenizer.decode
     write_page(options.html, sample, mask_token_id=decoder.mask_token_id, decode=decode, title="edlm sample", settings=shown)
@@ -292,11 +337,12 @@ def _to_file(options: argparse.Namespace, decoder: Decoder, batches: TextBatches
             raise
         wait()
         if world.rank == 0:
-            if file.folder.is_dir():
+            unfinished = file.folder.is_dir()
+            if unfinished:
                 file.finish()
             if todo:
                 print(f"{tally}{' (the first process)' if world.size > 1 else ''}", file=sys.stderr)
-            print(f"written: {options.out}, {batches.total} texts")
+            print(f"{'written' if unfinished else 'complete already'}: {options.out}, {batches.total} texts")
     return 0
 
 
@@ -305,9 +351,8 @@ def _fill(
 ) -> Tally:
     """Decode the batches ``mine``, and append each to this process's part."""
     from .sample_json import records
-    from .tally import Tally
 
-    tally = Tally()
+    tally = _tally(decoder)
     if not mine:
         return tally
     count = sum(len(batches.indices(k)) for k in mine)

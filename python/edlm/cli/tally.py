@@ -10,6 +10,7 @@ from ..samplers import SampleOutput
 
 @dataclass
 class Tally:
+    network: str = "denoiser"  # what is called
     nfe: int = 0
     energy_nfe: int = 0
     ess: float = 0.0
@@ -27,4 +28,4 @@ class Tally:
     def __str__(self) -> str:
         ess = f", ESS {self.ess / self.used:.2f} on average" if self.used else ""
         seconds = ", ".join(f"{name} {value:.2f} s" for name, value in self.seconds.items() if value > 0)
-        return f"# {self.nfe} denoiser calls, {self.energy_nfe} energy calls{ess}; {seconds}"
+        return f"# {self.nfe} {self.network} calls, {self.energy_nfe} energy calls{ess}; {seconds}"

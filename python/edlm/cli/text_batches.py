@@ -49,7 +49,17 @@ class TextBatches:
 
 def read_prompts(path: str, tokenizer: Any) -> tuple[list[str], list[torch.Tensor]]:
     """One prompt a line, as text and as ids; only the ends of lines are taken away."""
-    lines = Path(path).read_text(encoding="utf-8").replace("\r\n", "\n").split("\n")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"--prompt-file: {path}: expected a file of prompts, got: {error.strerror}; name one that is there"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--prompt-file: {path}: expected UTF-8, got byte {error.object[error.start]:#04x} at {error.start}; save it as UTF-8"
+        ) from None
+    lines = text.replace("\r\n", "\n").split("\n")
     lines = lines[:-1] if lines[-1] == "" else lines
     if not lines:
         raise ValueError(f"--prompt-file: {path}: expected a prompt a line, got an empty file")

@@ -25,7 +25,7 @@ _MASKED, _PROMPT, _OPENED, _NEW = "bright_black", "bold", "", "black on yellow"
 
 
 class Watch:
-    """Shows the sequences while they are decoded, and leaves their text on the terminal.
+    """Shows the sequences while they are decoded, and leaves their last state on the terminal.
 
     ::
 
@@ -35,11 +35,14 @@ class Watch:
     The screen is redrawn at most ``refresh_per_second`` times a second; between redraws a step costs next to nothing, and the state
     stays on its device. Highlighted is what opened since the last redraw. As many of the first ``rows`` sequences as fit are shown;
     of a text taller than the screen, the part from its first masked position on. Where the console is no terminal nothing is
-    printed until the end: then, as on a terminal, the text, masks that are left as ``·``.
+    printed until the end: then, as on a terminal, the text, masks that are left as ``·``. NOTE: what is shown are states: with a
+    stop token or lengths also what is behind the end of a sequence; with particles the first one, before the choice by weight. What
+    ``generate`` returns may be another text; where that is printed, ``leave=False`` keeps the two apart.
 
     Args:
         decode: the text of a list of token ids; it is asked for single tokens too. mask_token_id: the denoiser's.
         console: a ``rich.console.Console``; standard output's by default. rows: >= 1. refresh_per_second: > 0.
+        leave: print the last state at the end; otherwise what was shown vanishes, and where there is no terminal nothing is printed.
 
     Raises:
         ImportError: rich is not installed. ValueError: rows or refresh_per_second.
@@ -53,6 +56,7 @@ class Watch:
         *,
         rows: int = 4,
         refresh_per_second: float = 8.0,
+        leave: bool = True,
     ) -> None:
         if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
             raise ValueError(f"rows: expected how many sequences to show, an int >= 1, got {rows!r}")
@@ -62,6 +66,7 @@ class Watch:
         _rich("live")  # that it is missing is said now, not once the networks are loaded
         self.mask_token_id = mask_token_id
         self.rows = rows
+        self.leave = leave
         self.interval = 1.0 / refresh_per_second
         self._pieces = Pieces(decode)
         self._reset()
@@ -95,7 +100,7 @@ class Watch:
         if self._live is not None:
             self._live.stop()
         report, live, self._live = self._report, self._live, None
-        if report is None:
+        if report is None or not self.leave:
             return
         tokens = report.tokens[: self.rows].cpu().tolist()
         for b, row in enumerate(tokens):
