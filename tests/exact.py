@@ -96,6 +96,23 @@ class TabularDenoiser:
         return self.table[self.universe.state_index(xt)]
 
 
+class SplitDenoiser:
+    """A denoiser in two halves, ``hidden`` and ``head``; it records how many rows the head was asked for in each call."""
+
+    def __init__(self, inner: TabularDenoiser) -> None:
+        self.inner, self.mask_token_id, self.vocab_size, self.rows = inner, inner.mask_token_id, inner.vocab_size, []
+
+    def hidden(self, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.inner(xt, t)
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.rows.append(len(hidden))
+        return hidden
+
+    def __call__(self, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("a denoiser with hidden and head is not asked for all logits")
+
+
 class TabularCausalLM:
     """log p(x_i | x_<i) of an enumerated joint."""
 

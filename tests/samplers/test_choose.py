@@ -11,21 +11,9 @@ import math
 import pytest
 import torch
 from edlm.samplers import generate
-from exact import TabularDenoiser, TabularEnergy, Universe, g_test, generate_law, law_of_states, pick_law, transition
+from exact import TabularEnergy, g_test, generate_law, law_of_states, pick_law, transition
 
 N = 40_000
-
-
-@pytest.fixture(scope="module")
-def rough():
-    universe = Universe(num_tokens=2, length=2, seed=3)
-    generator = torch.Generator().manual_seed(1)
-    table = {xt: 1.2 * torch.randn(4, generator=generator, dtype=torch.float64) for xt in universe.states()}
-
-    def energy(xt):
-        return torch.where(universe.product(xt) > 0, table[xt], math.inf)
-
-    return universe, TabularDenoiser(universe), energy
 
 
 def counts(universe, tokens):

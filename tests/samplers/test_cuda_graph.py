@@ -14,6 +14,7 @@ from edlm.models import DiT
 from edlm.models.dit import DiTConfig
 from edlm.samplers import cuda_graph, generate
 from edlm.samplers.choose import Scorer
+from exact import SplitDenoiser
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -76,22 +77,11 @@ def emulated(monkeypatch):
     monkeypatch.setattr(Scorer, "_check", keep)
 
 
-class Halves:
-    def __init__(self, inner):
-        self.inner, self.mask_token_id, self.vocab_size = inner, inner.mask_token_id, inner.vocab_size
-
-    def hidden(self, xt, t):
-        return self.inner(xt, t)
-
-    def head(self, rows):
-        return rows
-
-
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("sampler", ["ancestral", "first_hitting", "remasking", "left_to_right"])
 @pytest.mark.parametrize("variant", [{}, {"top_k": 2}, {"num_particles": 3}, {"block_length": 2}, {"num_candidates": 1}], ids=str)
 def test_replays_are_the_steps(emulated, universe, denoiser, energy, split, sampler, variant):
-    network = Halves(denoiser) if split else denoiser
+    network = SplitDenoiser(denoiser) if split else denoiser
     m = universe.mask
     common = {
         "prompt": torch.tensor([(m, m, m), (1, m, m), (m, m, 2)]).repeat(5, 1), "sampler": sampler, "energy": energy,

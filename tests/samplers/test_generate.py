@@ -11,6 +11,7 @@ import pytest
 import torch
 from edlm.samplers import generate
 from exact import (
+    SplitDenoiser,
     TabularCausalLM,
     TabularEnergy,
     g_test,
@@ -277,23 +278,6 @@ def test_energy_shift_changes_nothing(universe, denoiser):
     torch.testing.assert_close(a.ess, b.ess, equal_nan=True, rtol=1e-4, atol=1e-4)
 
 
-class HeadDenoiser:
-    """The tabular denoiser split into hidden and head; it records which rows the head was asked for."""
-
-    def __init__(self, inner):
-        self.inner, self.mask_token_id, self.vocab_size, self.rows = inner, inner.mask_token_id, inner.vocab_size, []
-
-    def hidden(self, xt, t):
-        return self.inner(xt, t)
-
-    def head(self, hidden):
-        self.rows.append(len(hidden))
-        return hidden
-
-    def __call__(self, xt, t):
-        raise AssertionError("a denoiser with hidden and head is not asked for all logits")
-
-
 @pytest.mark.parametrize("shaping", [{}, {"temperature": 0.8}, {"top_k": 2, "temperature": 1.2}])
 def test_head_rows(universe, denoiser, energy, shaping):
     """The head on the rows that matter gives the very same draws, and sees opening rows outside the window, masked ones inside."""
@@ -301,7 +285,7 @@ def test_head_rows(universe, denoiser, energy, shaping):
         "batch_size": 50, "length": 3, "steps": 4, "seed": 14, "energy": energy, "num_candidates": 3, "window": (0.5, 1), **shaping
     }  # fmt: skip
     whole = generate(denoiser, return_history=True, **common)
-    split = HeadDenoiser(denoiser)
+    split = SplitDenoiser(denoiser)
     assert torch.equal(generate(split, **common).tokens, whole.tokens)
     before = (whole.history[:-1] == universe.mask) & ~whole.step_times.isnan()[:, :, None]
     opened = before & (whole.history[1:] != universe.mask)

@@ -18,25 +18,7 @@ from edlm.samplers.move import Move, Names
 from edlm.samplers.propose import Proposal
 from edlm.samplers.reverse import Reverse
 from edlm.samplers.stages import Stages
-from exact import TabularDenoiser
-
-
-class Split:
-    """A denoiser in two halves; it records which rows the head was asked for."""
-
-    def __init__(self, inner):
-        self.inner, self.mask_token_id, self.vocab_size, self.rows = inner, inner.mask_token_id, inner.vocab_size, []
-
-    def hidden(self, xt, t):
-        return self.inner(xt, t)
-
-    def head(self, hidden):
-        self.rows.append(len(hidden))
-        return hidden
-
-    def __call__(self, xt, t):
-        raise AssertionError("a denoiser with hidden and head is not asked for all logits")
-
+from exact import SplitDenoiser, TabularDenoiser
 
 SAMPLERS = ["ancestral", "first_hitting", "remasking", "left_to_right"]
 VARIANTS = [
@@ -55,7 +37,7 @@ def test_compaction_changes_no_bit(universe, denoiser, energy, sampler, variant)
         "window": (0.3, 1), "energy": energy, "return_history": True, **variant,
     }  # fmt: skip
     first = generate(denoiser, **common)
-    for network, compact in ((denoiser, False), (Split(denoiser), True), (Split(denoiser), False)):
+    for network, compact in ((denoiser, False), (SplitDenoiser(denoiser), True), (SplitDenoiser(denoiser), False)):
         other = generate(network, compact=compact, **common)
         assert torch.equal(first.tokens, other.tokens) and torch.equal(first.history, other.history)
         assert first.nfe == other.nfe and torch.equal(first.num_candidates, other.num_candidates)
@@ -69,7 +51,7 @@ def test_compaction_changes_no_bit(universe, denoiser, energy, sampler, variant)
 
 def test_candidates_are_allocated_once(universe, denoiser):
     """The buffers of the largest step serve all others."""
-    proposal = Proposal(Split(denoiser), True, temperature=1.0, top_k=None, top_p=None, min_p=None)
+    proposal = Proposal(SplitDenoiser(denoiser), True, temperature=1.0, top_k=None, top_p=None, min_p=None)
     xt = torch.full((8, 3), universe.mask)
     places = set()
     for rows in (8, 3, 8, 1):
@@ -225,10 +207,10 @@ def test_wrong_logits_are_named(monkeypatch, universe, denoiser, split, bad, com
 
     prompt = torch.tensor([(0, 1, 2), (1, 1, 1), (1, 3, 0), (2, 0, 3), (3, 3, 3)])
     with pytest.raises(ValueError, match=r"denoiser: expected logits .* got others at position 2 of sequence 3 in step 0$"):
-        generate(Split(Bad()) if split else Bad(), prompt=prompt, sampler="first_hitting", compact=compact)
+        generate(SplitDenoiser(Bad()) if split else Bad(), prompt=prompt, sampler="first_hitting", compact=compact)
     monkeypatch.setattr("edlm.samplers.propose._HEAD_BYTES", 100)  # two sequences, or six rows, at a time
     with pytest.raises(ValueError, match=r"got others at position 2 of sequence 3 in step 0$"):
-        generate(Split(Bad()), prompt=prompt, sampler="first_hitting", compact=compact)
+        generate(SplitDenoiser(Bad()), prompt=prompt, sampler="first_hitting", compact=compact)
 
 
 def test_wrong_shapes_are_named(denoiser):

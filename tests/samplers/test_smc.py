@@ -12,22 +12,9 @@ import pytest
 import torch
 from edlm.samplers import generate
 from edlm.samplers.smc import particle_seeds
-from exact import TabularDenoiser, TabularEnergy, Universe, g_test, generate_law, pick_law, total_variation
+from exact import TabularEnergy, g_test, generate_law, pick_law, total_variation
 
 N = 40_000
-
-
-@pytest.fixture(scope="module")
-def rough():
-    """A universe of four sequences and an energy whose Z is not 1 and differs between states."""
-    universe = Universe(num_tokens=2, length=2, seed=3)
-    generator = torch.Generator().manual_seed(1)
-    table = {xt: 1.2 * torch.randn(4, generator=generator, dtype=torch.float64) for xt in universe.states()}
-
-    def energy(xt):
-        return torch.where(universe.product(xt) > 0, table[xt], math.inf)
-
-    return universe, TabularDenoiser(universe), energy
 
 
 def counts(universe, tokens):
