@@ -102,15 +102,14 @@ class Record:
         **counted: int | dict[str, float],
     ) -> SampleOutput:
         """The output for tokens [B, L]; chosen int64 [B], whose they are among the rows of xt, where there are several particles."""
-        shape, history = (len(self.times), self.size), self.history
-        times = torch.stack(self.times) if self.times else torch.empty(shape, dtype=torch.float64)
-        counts = torch.stack(self.counts) if self.counts else torch.empty(shape, dtype=torch.int64, device=self.device)
-        tables = {name: torch.stack(t) if t else torch.empty(shape, device=self.device) for name, t in self.tables.items()}
+        # There is at least one step: a prompt without masks is refused.
+        history, times, counts = self.history, torch.stack(self.times), torch.stack(self.counts)
+        tables = {name: torch.stack(table) for name, table in self.tables.items()}
         particles = None
         if population is not None and chosen is not None:
             particles = population.particles(xt)
             line = population.lineage(chosen)
-            during = torch.stack(line) if line else chosen.new_empty(0, len(chosen))
+            during = torch.stack(line)
             counts = counts.gather(1, during)
             tables = {name: table.gather(1, during) for name, table in tables.items()}
             times = times[:, :: self.particles]  # those of a sequence share their times

@@ -110,10 +110,5 @@ class Population:
 
     def particles(self, tokens: torch.Tensor) -> Particles:
         """At the end, from the states [B x N, L]."""
-        return Particles(
-            tokens.view(self.batch, self.count, -1),
-            self.log_weights,
-            self.log_z,
-            torch.stack(self.ess) if self.ess else self.log_weights.new_empty(0, self.batch),
-            torch.stack(self.resampled) if self.resampled else torch.empty(0, self.batch, dtype=torch.bool),
-        )
+        ess, resampled = torch.stack(self.ess), torch.stack(self.resampled)
+        return Particles(tokens.view(self.batch, self.count, -1), self.log_weights, self.log_z, ess, resampled)
