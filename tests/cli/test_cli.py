@@ -49,20 +49,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def edlm(folder, capsys, monkeypatch):
-    """edlm("sample", "dit", ...) -> (code, stdout, stderr), in the folder of the models."""
-    monkeypatch.chdir(folder)
-
-    def run(*arguments):
-        capsys.readouterr()
-        code = main([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
 DIT, AR = "runs/dit/model", "runs/ar/model"
 
 # --- help and information ---------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import sys
 import pytest
 import torch
 from edlm import samplers
-from edlm.cli import main
 from edlm.cli.sample import EXAMPLES
 from edlm.cli.sample_json import together
 from edlm.data import CharTokenizer, tokenizer_from
@@ -26,17 +25,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def sample(folder, capsys, monkeypatch):
+def sample(edlm):
     """sample("dit", ...) -> (code, stdout, stderr)."""
-    monkeypatch.chdir(folder)
-
-    def run(*arguments):
-        capsys.readouterr()
-        code = main(["sample", *map(str, arguments), "--device", "cpu"])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+    return lambda *arguments: edlm("sample", *arguments, "--device", "cpu")
 
 
 @pytest.fixture

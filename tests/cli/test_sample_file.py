@@ -44,19 +44,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def edlm(folder, capsys, monkeypatch):
-    monkeypatch.chdir(folder)
-
-    def run(*arguments):
-        capsys.readouterr()
-        code = main([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
 def whole(folder):
     return (folder / "whole.jsonl").read_bytes()
 
