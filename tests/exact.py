@@ -220,6 +220,72 @@ def generate_law(
     return law_of_states(universe, states)
 
 
+def subsets(positions: tuple[int, ...]) -> list[tuple[int, ...]]:
+    return [c for n in range(len(positions) + 1) for c in itertools.combinations(positions, n)]
+
+
+def hide(universe: Universe, row: int, positions: tuple[int, ...]) -> State:
+    """The sequence of that row with masks at ``positions``."""
+    tokens = universe.sequences[row].tolist()
+    return tuple(universe.mask if i in positions else token for i, token in enumerate(tokens))
+
+
+def finite_step_nll(universe: Universe, steps: int, term: Callable[[State, tuple[int, ...], int], float]) -> float:
+    """The T-step negative ELBO in nats a sequence, by enumeration: the sum over steps of E[term(xt, S, row of x0)], S not empty.
+
+    Log-linear schedule, eps = 0: a position is masked at t with probability t, and then opens before s with probability (t - s) / t.
+    """
+    total, length = 0.0, universe.length
+    for i in range(steps):
+        t, s = 1 - i / steps, 1 - (i + 1) / steps
+        for row, q in enumerate(universe.q.tolist()):
+            for masked in subsets(tuple(range(length))):
+                p_masked = t ** len(masked) * (1 - t) ** (length - len(masked))
+                for opened in subsets(masked)[1:]:
+                    p_opened = ((t - s) / t) ** len(opened) * (s / t) ** (len(masked) - len(opened))
+                    if p_masked * p_opened > 0:
+                        total += q * p_masked * p_opened * term(hide(universe, row, masked), opened, row)
+    return total
+
+
+def paper_joint_nats(universe: Universe, term: Callable[[State, int], float]) -> float:
+    """E_x0 of the integral over t of (1/t) E_xt[term(xt, row of x0)]: each set M of masked positions has the weight of
+    the integral of p^(|M| - 1) (1 - p)^(L - |M|), a Beta function."""
+    length, total = universe.length, 0.0
+    for row, q in enumerate(universe.q.tolist()):
+        for masked in subsets(tuple(range(length)))[1:]:
+            n = len(masked)
+            weight = math.factorial(n - 1) * math.factorial(length - n) / math.factorial(length)
+            total += q * weight * term(hide(universe, row, masked), row)
+    return total
+
+
+def log_marginal(universe: Universe, law: torch.Tensor, opened: tuple[int, ...], row: int) -> float:
+    """log of the mass that a law [S] gives to the tokens of sequence ``row`` at ``opened``."""
+    columns = list(opened)
+    same = (universe.sequences[:, columns] == universe.sequences[row, columns]).all(1)
+    return math.log(float(law[same].sum()))
+
+
+def all_draws(mu: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every way to draw n sequences from mu [S]: rows int64 [D, n] and probabilities [D]."""
+    support = torch.nonzero(mu > 0).squeeze(1)
+    rows = torch.cartesian_prod(*[support] * n).view(-1, n)
+    return rows, mu[rows].prod(1)
+
+
+def log_mean(log_w: torch.Tensor) -> torch.Tensor:
+    """T_n = log of the mean weight: [D, n] -> [D]."""
+    return log_w.exp().mean(1).log()
+
+
+def leave_one_out(log_w: torch.Tensor) -> torch.Tensor:
+    """(2n - 1) T_n - 2 (n - 1) T_{n-1}, the latter averaged over the n subsets, as it is written: [D, n] -> [D]."""
+    n = log_w.shape[1]
+    parts = [log_mean(log_w[:, [j for j in range(n) if j != k]]) for k in range(n)]
+    return (2 * n - 1) * log_mean(log_w) - 2 * (n - 1) * torch.stack(parts).mean(0)
+
+
 def total_variation(p: torch.Tensor, q: torch.Tensor) -> float:
     return float((p - q).abs().sum() / 2)
 

@@ -32,7 +32,12 @@ MAY_IMPORT = {
 }
 # What the base install may import: everything else is an extra, and imported where it is used.
 BASE = {"torch", "numpy", "safetensors", "tqdm"} | set(sys.stdlib_module_names)
-EXTRAS = {"data": {"tokenizers", "datasets"}, "train": {"matplotlib"}, "view": {"rich"}}
+EXTRAS = {
+    "data": {"tokenizers", "datasets"},
+    "eval": {"transformers", "pocketsphinx", "sacrebleu", "mauve", "lm_eval", "matplotlib"},
+    "train": {"matplotlib"},
+    "view": {"rich"},
+}
 
 
 def room(path: Path) -> str:
@@ -118,7 +123,8 @@ for room in ("ops", "samplers", "diffusion", "models", "eval", "data", "train", 
     getattr(edlm, room)
 assert edlm.generate is edlm.samplers.generate
 import torch
-foreign = {"transformers", "datasets", "tokenizers", "matplotlib", "rich", "wandb"} & {m.split(".")[0] for m in sys.modules}
+optional = {"transformers", "datasets", "tokenizers", "matplotlib", "rich", "wandb", "pocketsphinx", "sacrebleu", "mauve", "lm_eval"}
+foreign = optional & {m.split(".")[0] for m in sys.modules}
 assert not foreign, foreign
 assert not torch.cuda.is_initialized()
 """

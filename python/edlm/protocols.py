@@ -50,7 +50,8 @@ class EnergyModel(Protocol):
     Returns energy float [B, K] in nats. What it is given is overwritten by the next step: to keep something is to copy it.
 
     An energy model may also offer ``score(x0, xt, t, log_p, *, masked) -> energy``, equal to the call, for those who know on the host
-    which positions of xt are masked (bool [B, L] on the CPU); ``vocab_size``: the ids 0 .. vocab_size - 1 are read, or None; and
+    which positions of xt are masked (bool [B, L] on the CPU); ``log_Z(xt) -> [B]``, log E_mu[exp(-E)] where it is known exactly and NaN
+    where not; ``vocab_size``: the ids 0 .. vocab_size - 1 are read, or None; and
     ``max_length``, as a denoiser.
     """
 

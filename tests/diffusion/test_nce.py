@@ -378,7 +378,7 @@ def test_the_head_runs_on_masked_rows_alone(universe, proposal, diffusion, monke
     whole = nce_batch(proposal, x0, diffusion, **given, times=0.5)
     masked = int((whole.xt == universe.mask).sum())
     for chunk in (masked, 7, 1):
-        monkeypatch.setattr("edlm.diffusion.nce._HEAD_BYTES", 4 * 4 * chunk)
+        monkeypatch.setattr("edlm.diffusion.completions._HEAD_BYTES", (4 * 4 + 16 * 3) * chunk)
         halves = TwoHalves(proposal)
         torch.manual_seed(0)
         state = torch.get_rng_state()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from edlm.diffusion import CosineSchedule, LogLinearSchedule, MaskedDiffusion, NoiseSchedule, discrete_nelbo
-from edlm.eval import Estimate, ar_nll, nelbo
+from edlm.eval import ar_nll, nelbo
 from exact import TabularCausalLM, TabularDenoiser, Universe
 
 UNIVERSE = Universe(num_tokens=3, length=3, seed=0)
@@ -23,7 +23,7 @@ def draws(n: int) -> torch.Tensor:
     return UNIVERSE.sequences[torch.multinomial(UNIVERSE.q, n, True, generator=generator)]
 
 
-def per_sequence(estimate: Estimate) -> tuple[float, float]:
+def per_sequence(estimate) -> tuple[float, float]:
     return estimate.mean * LENGTH, estimate.stderr * LENGTH
 
 
@@ -182,20 +182,42 @@ def test_ar_nll_against_enumeration() -> None:
     assert ar_nll(TabularCausalLM(UNIVERSE, p), x0[:2], batch_size=1).mean == pytest.approx(float(values[:2].mean()), rel=1e-6)
 
 
-def test_units() -> None:
-    nats = Estimate(mean=2 * math.log(2), stderr=0.1 * math.log(2), count=9)
-    assert nats.bits_per_token().mean == pytest.approx(2)
-    assert nats.bits_per_token().stderr == pytest.approx(0.1)
-    assert nats.bits_per_character(4.0).mean == pytest.approx(0.5)
-    assert nats.bits_per_character().unit == "bits/character"
-    assert nats.perplexity().mean == pytest.approx(4)
-    assert nats.perplexity().stderr == pytest.approx(0.4 * math.log(2))
-    assert str(nats.bits_per_token()) == "2.0000 +- 0.1000 bits/token (9 sequences)"
-    with pytest.raises(ValueError, match="nats/token"):
-        nats.bits_per_token().perplexity()
-    with pytest.raises(ValueError, match="characters_per_token"):
-        nats.bits_per_character(0.0)
-    assert math.isnan(Estimate.of(torch.tensor([1.0]), "nats/token").stderr)
+@pytest.mark.parametrize("steps", [None, 3])
+def test_what_is_given_is_read_and_not_scored(steps: int | None) -> None:
+    """-log p(the others | these): the first token, or the last two, given; against the conditional entropy, rows that differ."""
+    x0, given = draws(20_000), torch.zeros(20_000, LENGTH, dtype=torch.bool)
+    given[::2, 0] = True
+    given[1::2, 1:] = True
+    estimate = nelbo(TabularDenoiser(UNIVERSE), x0, given=given, steps=steps, num_times=2, batch_size=5000)
+    assert len(estimate.values) == 20_000
+    last = [float(-(UNIVERSE.q * (UNIVERSE.q.log() - _log_q(c))).sum()) for c in ((0,), (1, 2))]
+    first = estimate.values[::2] * 2  # nats of two tokens; of one below
+    for values, truth, exact in ((first, last[0], steps is None), (estimate.values[1::2], last[1], True)):
+        error = float(values.std()) / 100
+        if exact:  # a single token is scored as it is, in however many steps; two of them in continuous time
+            assert abs(float(values.mean()) - truth) < 4.5 * error < 0.1
+        else:  # in steps they are drawn as if they were independent, now and then
+            assert float(values.mean()) > truth + 4.5 * error
+    whole = nelbo(TabularDenoiser(UNIVERSE), x0[:50], given=torch.zeros(50, LENGTH, dtype=torch.bool), steps=steps)
+    assert whole == nelbo(TabularDenoiser(UNIVERSE), x0[:50], steps=steps)
+
+
+def _log_q(columns: tuple[int, ...]) -> torch.Tensor:
+    """[S]: log q of the tokens of each sequence at these columns."""
+    same = (UNIVERSE.sequences[:, None, list(columns)] == UNIVERSE.sequences[None, :, list(columns)]).all(2)
+    return (same.double() @ UNIVERSE.q).log()
+
+
+def test_ar_nll_of_what_is_not_given() -> None:
+    p, x0 = UNIVERSE.autoregressive(0.5), UNIVERSE.sequences
+    given = torch.zeros(27, LENGTH, dtype=torch.bool)
+    given[:, 0] = True
+    given[5] = torch.tensor([True, True, False])
+    estimate = ar_nll(TabularCausalLM(UNIVERSE, p), x0, given=given, batch_size=4)
+    conditionals = UNIVERSE.conditionals(p)
+    expected = -conditionals[:, 1:].sum(1) / 2
+    expected[5] = -conditionals[5, 2]
+    assert torch.allclose(estimate.values, expected, atol=1e-6)
 
 
 def test_errors() -> None:
@@ -214,3 +236,18 @@ def test_errors() -> None:
 
     with pytest.raises(ValueError, match="causal_lm: expected log_probs"):
         ar_nll(Short(), x0)
+
+    class Broken:
+        def log_probs(self, x0: torch.Tensor) -> torch.Tensor:
+            return torch.full(x0.shape, math.nan)
+
+    with pytest.raises(ValueError, match="causal_lm: expected log-probabilities, got NaN"):
+        ar_nll(Broken(), x0)
+    for function in (
+        lambda g: nelbo(denoiser, x0, given=g),
+        lambda g: ar_nll(TabularCausalLM(UNIVERSE, UNIVERSE.q), x0, given=g),
+    ):
+        with pytest.raises(ValueError, match=r"given: expected bool \[N, L\] = \[2, 3\]"):
+            function(torch.zeros(2, 2, dtype=torch.bool))
+        with pytest.raises(ValueError, match="got none in 1 of 2"):
+            function(torch.tensor([[True] * 3, [False] * 3]))

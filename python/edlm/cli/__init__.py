@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from .. import __version__
 
-COMMANDS = ("demo", "train", "sample", "eval", "data", "plot", "convert", "bench", "info")
+COMMANDS = ("demo", "train", "sample", "eval", "report", "data", "plot", "convert", "bench", "info")
 
 
 class Parser(argparse.ArgumentParser):

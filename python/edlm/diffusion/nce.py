@@ -6,14 +6,11 @@ from typing import NamedTuple
 
 import torch
 
-from ..ops import gather_log_probs, sample_categorical
 from ..ops._philox import expand_offset, expand_seed
-from ..protocols import Denoiser, offers_head
+from ..protocols import Denoiser
+from .completions import completions
 from .loss import _check, _first_seed
 from .process import MaskedDiffusion, check_times
-
-# Rows go through the head in chunks whose float32 logits stay below this.
-_HEAD_BYTES = 256 << 20
 
 
 class NceLoss(NamedTuple):
@@ -131,18 +128,5 @@ def nce_batch(
     xt = diffusion.q_sample(x0, t, seed=seeds, offset=offsets)
     t = t.to(torch.float32)
 
-    output = proposal.hidden(xt, t) if offers_head(proposal) else proposal(xt, t)
-    if output.dim() != 3 or output.shape[:2] != xt.shape:
-        raise ValueError(f"proposal: expected [B, L, ...] = [{batch}, {xt.shape[1]}, ...], got {list(output.shape)}")
-    candidates = torch.cat([x0[:, None], xt[:, None].expand(-1, num_negatives, -1)], 1)
-    log_p = torch.zeros(candidates.shape, dtype=torch.float32, device=x0.device)
-    rows, offsets = max(1, _HEAD_BYTES // (4 * proposal.vocab_size)), offsets.expand(batch)
-    for at in (xt == mask).nonzero().split(rows):
-        b, i = at.unbind(1)
-        # Also under autocast: log mu is a sum of about a thousand terms, and bfloat16 logits would cost it as much as energies differ.
-        with torch.autocast(x0.device.type, enabled=False):
-            logits = proposal.head(output[b, i].float()) if offers_head(proposal) else output[b, i]
-        drawn = sample_categorical(logits, num_negatives, position=i, forbidden=mask, seed=seeds[b], offset=offsets[b])
-        candidates[b, 1:, i], log_p[b, 1:, i] = drawn.tokens, drawn.log_probs
-        log_p[b, 0, i] = gather_log_probs(logits, x0[b, i], forbidden=mask)
+    candidates, log_p = completions(proposal, x0, xt, t, num_negatives, seeds=seeds, offsets=offsets)
     return NceBatch(candidates, xt, t, log_p)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -15,108 +13,67 @@ from ..diffusion.process import check_tokens, corruption_uniforms
 from ..ops import Purpose, philox_uniform
 from ..ops._philox import expand_seed
 from ..protocols import CausalLM, Denoiser
+from ..samplers.evaluating import evaluating
+from .estimate import Estimate
 
 
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A mean over independent sequences and its standard error (NaN for one sequence)."""
-
-    mean: float
-    stderr: float
-    count: int  # sequences
-    unit: str = "nats/token"
-
-    @classmethod
-    def of(cls, values: torch.Tensor, unit: str) -> Estimate:
-        """The mean of one value a sequence, [N]; stderr = s / sqrt(N) with the N - 1 form of s."""
-        values = values.double()
-        count = values.numel()
-        if count == 0:
-            raise ValueError("values: expected at least one sequence, got none")
-        stderr = float(values.std()) / math.sqrt(count) if count > 1 else math.nan
-        return cls(mean=float(values.mean()), stderr=stderr, count=count, unit=unit)
-
-    def _scaled(self, factor: float, unit: str) -> Estimate:
-        if self.unit != "nats/token":
-            raise ValueError(f"unit: expected an estimate in nats/token to convert, got {self.unit}")
-        return Estimate(mean=self.mean * factor, stderr=self.stderr * factor, count=self.count, unit=unit)
-
-    def bits_per_token(self) -> Estimate:
-        return self._scaled(1 / math.log(2), "bits/token")
-
-    def bits_per_character(self, characters_per_token: float = 1.0) -> Estimate:
-        """Bits per character of the text; ``characters_per_token`` is 1 for a character tokenizer, else measured on that text."""
-        if not characters_per_token > 0:
-            raise ValueError(
-                f"characters_per_token: expected a number > 0 (characters / tokens of the text), got {characters_per_token}"
-            )
-        return self._scaled(1 / (math.log(2) * characters_per_token), "bits/character")
-
-    def perplexity(self) -> Estimate:
-        """exp(nats per token); its standard error to first order. Of a NELBO it is an upper bound in expectation."""
-        nats = self._scaled(1.0, "nats/token")
-        value = math.exp(nats.mean) if nats.mean < 700 else math.inf
-        return Estimate(mean=value, stderr=value * nats.stderr, count=self.count, unit="perplexity")
-
-    def __str__(self) -> str:
-        return f"{self.mean:.4f} +- {self.stderr:.4f} {self.unit} ({self.count} sequences)"
+def device_of(model: object, x0: torch.Tensor) -> torch.device:
+    """That of a module's parameters; where it has none, or is no module, that of the data."""
+    parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
+    return x0.device if parameter is None else parameter.device
 
 
-@contextlib.contextmanager
-def _evaluating(model: object) -> Iterator[torch.device | None]:
-    """No gradients, dropout off, every submodule's mode put back. Gives the model's device, or None where it is no module."""
-    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
-    modes = [module.training for module in modules]
-    if modules:
-        modules[0].eval()
-    try:
-        with torch.no_grad():
-            parameter = next(iter(modules[0].parameters()), None) if modules else None
-            yield None if parameter is None else parameter.device
-    finally:
-        for module, training in zip(modules, modes, strict=True):
-            module.training = training
-
-
-def _check_data(x0: torch.Tensor, batch_size: int) -> None:
+def check_data(x0: torch.Tensor, **counts: int) -> None:
     check_tokens("x0", x0)
     if x0.numel() == 0:
         raise ValueError(f"x0: expected at least one token, got {list(x0.shape)}")
-    _check_count("batch_size", batch_size)
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
 
 
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
+def _scored(given: torch.Tensor | None, x0: torch.Tensor) -> torch.Tensor:
+    """int64 [N] on the CPU: how many positions of each sequence are scored."""
+    if given is None:
+        return torch.full((len(x0),), x0.shape[1])
+    if not isinstance(given, torch.Tensor) or given.dtype != torch.bool or given.shape != x0.shape:
+        got = f"{given.dtype} {list(given.shape)}" if isinstance(given, torch.Tensor) else type(given).__name__
+        raise ValueError(f"given: expected bool [N, L] = {list(x0.shape)}, True where a position is not scored, got {got}")
+    count = (~given).sum(1).cpu()
+    if not bool((count > 0).all()):
+        raise ValueError(
+            f"given: expected a position to score in every sequence, got none in {int((count == 0).sum())} of {len(x0)}; leave them out"
+        )
+    return count
+
+
+def ordered_masks(u: torch.Tensor, count: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """n = floor(v count) + 1 float64 [R], and the n-th smallest u of each row, float64 [R, 1]: where u <= that, n are masked.
+
+    u: float64 [R, L], above 1 where a position is never masked; count: int64 [R], how many are not; v: float64 [R] in [0, 1).
+    """
+    rank = torch.minimum((v * count).long(), count - 1)
+    return rank + 1.0, u.sort(1).values.gather(1, rank[:, None])
 
 
 def _continuous(
-    denoiser: Denoiser, x0: torch.Tensor, diffusion: MaskedDiffusion, seeds: torch.Tensor, draw: torch.Tensor, v: torch.Tensor
+    denoiser: Denoiser, x0: torch.Tensor, diffusion: MaskedDiffusion, u: torch.Tensor, count: torch.Tensor, v: torch.Tensor
 ) -> torch.Tensor:
     """One draw a row of the continuous NELBO, in nats [R]: see ``nelbo`` for why t is an order statistic."""
-    length = x0.shape[1]
-    u = corruption_uniforms(len(x0), length, seed=seeds, offset=draw, device=x0.device)
-    rank = (v * length).long().clamp_max(length - 1)  # num_masked - 1
-    p = u.sort(1).values.gather(1, rank[:, None])  # the mask probability at which that many are masked
-    inside = p[:, 0] <= 1 - diffusion.schedule.eps
-    t = diffusion.schedule._time_of_mask_prob(p[:, 0].clamp_max(1 - diffusion.schedule.eps))
+    most = 1 - diffusion.schedule.eps
+    n, p = ordered_masks(u, count, v)  # p: the mask probability at which that many are masked
+    t = diffusion.schedule._time_of_mask_prob(p[:, 0].clamp_max(most))
     xt = torch.where(u <= p, diffusion.mask_token_id, x0)
-    return inside * masked_nats(denoiser, x0, xt, t).double() * (length / (rank + 1))
+    return (p[:, 0] <= most) * masked_nats(denoiser, x0, xt, t).double() * (count / n)
 
 
 def _stepwise(
-    denoiser: Denoiser,
-    x0: torch.Tensor,
-    diffusion: MaskedDiffusion,
-    seeds: torch.Tensor,
-    draw: torch.Tensor,
-    v: torch.Tensor,
-    steps: int,
+    denoiser: Denoiser, x0: torch.Tensor, diffusion: MaskedDiffusion, u: torch.Tensor, v: torch.Tensor, steps: int
 ) -> torch.Tensor:
     """One draw a row of the T-step NELBO, in nats [R]: step floor(T v), weighted by T."""
     index = (v * steps).long().clamp_max(steps - 1)
     t, s = (steps - index).double() / steps, (steps - index - 1).double() / steps
-    xt = diffusion.q_sample(x0, t, seed=seeds, offset=draw)
+    xt = torch.where(u < diffusion.schedule._mask_prob(t)[:, None], diffusion.mask_token_id, x0)
     return steps * step_weight(diffusion, t, s) * masked_nats(denoiser, x0, xt, t).double()
 
 
@@ -127,6 +84,7 @@ def nelbo(
     schedule: NoiseSchedule | None = None,
     steps: int | None = None,
     num_times: int = 1,
+    given: torch.Tensor | None = None,
     seed: int | torch.Tensor = 0,
     batch_size: int = 64,
 ) -> Estimate:
@@ -148,46 +106,67 @@ def nelbo(
         x0: int64 [N, L] without masks, moved to the module's device batch by batch.
         schedule: log-linear with eps = 0 if None.
         num_times: draws a sequence, stratified over n (or over the steps) within it.
+        given: bool [N, L] or None: positions that are never masked, and not scored. The figure is then a bound of -log p(the others |
+            these), a token being one of the others, and L the number of them.
         seed: an int s (sequence i draws with s + i) or int64 [N].
         batch_size: rows (sequence, draw) in one call. It does not change the draws.
 
     Returns:
-        Estimate, its standard error over sequences. Sequences draw independently, so it is honest for independent ones;
-        neighbouring pieces of one text are not quite that.
+        Estimate, its standard error over sequences, with one value a sequence. Sequences draw independently, so the error is honest for
+        independent ones; neighbouring pieces of one text are not quite that.
 
     Raises:
-        ValueError: wrong shapes; masks in x0; counts below 1.
+        ValueError: wrong shapes; masks in x0; counts below 1; a sequence of which nothing is scored.
 
     RNG: Philox(seed[i]; 0, 0, 0, TIME) stratifies the draws k = 0, 1, ... of sequence i; draw k masks with
     Philox(seed[i]; position, 0, k, CORRUPT).
     Source: Sahoo et al., arXiv 2406.07524 (continuous-time NELBO); the form over n: Ou et al., arXiv 2406.03736.
     """
-    _check_data(x0, batch_size)
-    _check_count("num_times", num_times)
-    if steps is not None:
-        _check_count("steps", steps)
+    check_data(x0, num_times=num_times, batch_size=batch_size, **({} if steps is None else {"steps": steps}))
+    scored = _scored(given, x0)
     diffusion = MaskedDiffusion(LogLinearSchedule(eps=0.0) if schedule is None else schedule, denoiser.mask_token_id)
-    count, length = x0.shape
-    values = torch.empty(count * num_times, dtype=torch.float64)
-    with _evaluating(denoiser) as device:
-        device = device or x0.device
-        all_seeds = expand_seed(seed, count, device)
-        for start in range(0, len(values), batch_size):
-            row = torch.arange(start, min(start + batch_size, len(values)), device=device)
-            draw, sequence = row % num_times, row // num_times
-            seeds = all_seeds[sequence]
-            u, _ = philox_uniform(seeds, purpose=Purpose.TIME)
-            v = (u + draw) / num_times
-            data = x0[sequence.to(x0.device)].to(device)
+    values = torch.empty(len(x0) * num_times, dtype=torch.float64)
+    with torch.no_grad(), evaluating(denoiser):
+        for rows in draws_of(x0, num_times, seed, batch_size, device_of(denoiser, x0)):
+            u = rows.u
+            if given is not None:
+                u = u.masked_fill(given[rows.where].to(u.device), 2.0)
             if steps is None:
-                nats = _continuous(denoiser, data, diffusion, seeds, draw, v)
+                nats = _continuous(denoiser, rows.x0, diffusion, u, scored[rows.where].to(u.device), rows.v)
             else:
-                nats = _stepwise(denoiser, data, diffusion, seeds, draw, v, steps)
-            values[start : start + batch_size] = nats.cpu()
-    return Estimate.of(values.view(count, num_times).mean(1) / length, "nats/token")
+                nats = _stepwise(denoiser, rows.x0, diffusion, u, rows.v, steps)
+            values[rows.place] = nats.cpu()
+    return Estimate.of(values.view(len(x0), num_times).mean(1) / scored, "nats/token")
 
 
-def ar_nll(causal_lm: CausalLM, x0: torch.Tensor, *, batch_size: int = 64) -> Estimate:
+class Draws(NamedTuple):
+    """Rows of a Monte Carlo over (sequence, draw), R of them, on the model's device but for ``where``."""
+
+    place: slice  # of the rows among all N x num_times
+    where: torch.Tensor  # int64 [R] on the data's device: the sequence of each
+    x0: torch.Tensor  # int64 [R, L]
+    seeds: torch.Tensor  # int64 [R]
+    draw: torch.Tensor  # int64 [R]: the number of the draw within its sequence
+    u: torch.Tensor  # float64 [R, L]: the mask probability from which on each position is masked
+    v: torch.Tensor  # float64 [R] in [0, 1): of the draws of a sequence, one in each of num_times equal parts
+
+
+def draws_of(
+    x0: torch.Tensor, num_times: int, seed: int | torch.Tensor, batch_size: int, device: torch.device
+) -> Iterator[Draws]:
+    """The draws in batches. A draw depends on its sequence's seed and its own number, not on its batch."""
+    seeds = expand_seed(seed, len(x0), device)
+    for start in range(0, len(x0) * num_times, batch_size):
+        row = torch.arange(start, min(start + batch_size, len(x0) * num_times), device=device)
+        draw, sequence = row % num_times, row // num_times
+        own = seeds[sequence]
+        one, _ = philox_uniform(own, purpose=Purpose.TIME)
+        where = sequence.to(x0.device)
+        u = corruption_uniforms(len(row), x0.shape[1], seed=own, offset=draw, device=device)
+        yield Draws(slice(start, start + len(row)), where, x0[where].to(device), own, draw, u, (one + draw) / num_times)
+
+
+def ar_nll(causal_lm: CausalLM, x0: torch.Tensor, *, given: torch.Tensor | None = None, batch_size: int = 64) -> Estimate:
     """-log p(x0) per token of a model that scores every token, in nats: exact for each sequence, standard error over sequences.
 
     It serves for data (the likelihood of an autoregressive model) and for samples (the score that a judge gives them).
@@ -195,18 +174,32 @@ def ar_nll(causal_lm: CausalLM, x0: torch.Tensor, *, batch_size: int = 64) -> Es
     Args:
         causal_lm: ``log_probs(x0 [N, L]) -> [N, L]``. A torch module is put into eval mode, and its modes are restored.
         x0: int64 [N, L], moved to the module's device batch by batch. batch_size: sequences in one call.
+        given: bool [N, L] or None: positions that are read and not scored, such as a prompt; a token is then one of the others.
+
+    Returns:
+        Estimate, with one value a sequence.
 
     Raises:
-        ValueError: wrong shapes, of the model's answer as well.
+        ValueError: wrong shapes, of the model's answer as well; a sequence of which nothing is scored; a NaN log-probability.
     """
-    _check_data(x0, batch_size)
-    values = []
-    with _evaluating(causal_lm) as device:
-        for tokens in x0.split(batch_size):
-            log_probs = causal_lm.log_probs(tokens.to(device or x0.device))
-            if log_probs.shape != tokens.shape:
-                raise ValueError(
-                    f"causal_lm: expected log_probs {list(tokens.shape)}, the first token's included, got {list(log_probs.shape)}"
-                )
-            values.append(-log_probs.double().mean(1).cpu())
-    return Estimate.of(torch.cat(values), "nats/token")
+    check_data(x0, batch_size=batch_size)
+    scored, values = _scored(given, x0), []
+    with torch.no_grad(), evaluating(causal_lm):
+        for index in torch.arange(len(x0), device=x0.device).split(batch_size):
+            log_probs = scores_of(causal_lm, x0[index].to(device_of(causal_lm, x0))).double()
+            if given is not None:
+                log_probs = log_probs.masked_fill(given[index].to(log_probs.device), 0.0)
+            values.append(-log_probs.sum(1).cpu())
+    return Estimate.of(torch.cat(values) / scored, "nats/token")
+
+
+def scores_of(causal_lm: CausalLM, tokens: torch.Tensor) -> torch.Tensor:
+    """log p of every token, [N, L] as the tokens; ValueError where the model answers with something else."""
+    log_probs = causal_lm.log_probs(tokens)
+    if log_probs.shape != tokens.shape:
+        raise ValueError(
+            f"causal_lm: expected log_probs {list(tokens.shape)}, the first token's included, got {list(log_probs.shape)}"
+        )
+    if bool(log_probs.isnan().any()):
+        raise ValueError("causal_lm: expected log-probabilities, got NaN; its weights or its dtype are to blame")
+    return log_probs

@@ -173,6 +173,26 @@ class ARResidualEnergy:
         return getattr(self.causal_lm, "vocab_size", None)
 
     @torch.no_grad()
+    def log_Z(self, xt: torch.Tensor) -> torch.Tensor:
+        """log E_mu[exp(-E)] where it is known exactly, NaN elsewhere: int64 [B, L] -> float32 [B], in nats.
+
+        With carry-over it is 0. Without, it is log p_AR(observed tokens), known where they are a prefix, the empty one included.
+        """
+        if self.carry_over:
+            return torch.zeros(len(xt), device=xt.device)
+        if self.mask_token_id is None:
+            raise ValueError("mask_token_id: expected the denoiser's mask, to tell what is observed; got None")
+        masked = xt == self.mask_token_id
+        prefix = masked.long().cumsum(1) == 0
+        known = (prefix | masked).all(1)
+        result = torch.full((len(xt),), torch.nan, device=xt.device)
+        if bool(known.any()):
+            self._check_mode()
+            terms = self.causal_lm.log_probs(xt[known].masked_fill(masked[known], 0)).double()
+            result[known] = terms.masked_fill(~prefix[known], 0.0).sum(1).float()
+        return result
+
+    @torch.no_grad()
     def __call__(self, x0: torch.Tensor, xt: torch.Tensor, t: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
         """Energies of K candidates a sequence, in nats.
 

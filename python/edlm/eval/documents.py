@@ -1,0 +1,248 @@
+"""The JSON documents that ``edlm eval`` writes, read back and checked field by field."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+REAL_TEXT = "real text"  # the method of a row that is of held-out text
+UNITS = ("bits_per_character", "bits_per_token", "nats_per_token", "perplexity")
+MEASURES = ("nelbo", "ar_nll", "joint_nll", "finite_step_elbo", "paper_joint")
+LOG_Z = (None, "exact", "lower", "upper_asymptotic")
+DIRECTIONS = ("exact", "upper bound", "below in expectation", "above for n large enough", "no bound")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One file. A row's fields that may be null are there, whether the file had them or not."""
+
+    path: str
+    kind: str  # "likelihood", "decoding" or "samples"
+    label: str
+    settings: dict[str, Any]
+    machine: dict[str, Any]
+    seconds: float | None
+    warnings: list[str]
+    rows: list[dict[str, Any]]
+    unit_of_diversity: str | None = None  # what entropy and n-grams are counted in: "tokens" or "characters"
+
+
+@dataclass(frozen=True)
+class _Field:
+    words: str
+    holds: Callable[[Any], bool]
+
+    def or_null(self) -> _Field:
+        return _Field(f"{self.words}, or null", lambda value: value is None or self.holds(value))
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _one_of(values: Sequence[str | None]) -> _Field:
+    return _Field(f"one of {', '.join(map(json.dumps, values))}", lambda value: value in values)
+
+
+def _map_of(field: _Field) -> _Field:
+    return _Field(
+        f"an object, each value {field.words}",
+        lambda value: isinstance(value, dict) and all(map(field.holds, value.values())),
+    )
+
+
+def _fields(fields: Mapping[str, _Field]) -> _Field:
+    return _Field(
+        f"an object of {', '.join(fields)}",
+        lambda value: isinstance(value, dict) and all(field.holds(value.get(key)) for key, field in fields.items()),
+    )
+
+
+_TEXT = _Field("a text", lambda value: isinstance(value, str))
+_NUMBER = _Field("a finite number", _is_number)
+_POSITIVE = _Field("a finite number > 0", lambda value: _is_number(value) and value > 0)
+_COUNT = _Field("a whole number >= 0", _is_count)
+_MANY = _Field("a whole number >= 1", lambda value: _is_count(value) and value > 0)
+_OBJECT = _Field("an object", lambda value: isinstance(value, dict))
+_LIST = _Field("a list", lambda value: isinstance(value, list))
+_ESTIMATE = _Field(
+    'an estimate, {"mean": a number or null, "stderr": a number or null}',
+    lambda value: isinstance(value, dict) and all(k in value and _NUMBER.or_null().holds(value[k]) for k in ("mean", "stderr")),
+)
+_JUDGE = _fields({"perplexity": _ESTIMATE, "bits_per_token": _ESTIMATE, "bits_per_character": _ESTIMATE})
+_BIN = _fields({"t": _NUMBER, "mean": _NUMBER, "stderr": _NUMBER.or_null(), "count": _COUNT, "num_candidates": _NUMBER})
+
+_DOCUMENT = {
+    "kind": _one_of(("likelihood", "decoding", "samples")),
+    "label": _TEXT,
+    "settings": _OBJECT,
+    "machine": _OBJECT,
+    "seconds": _NUMBER.or_null(),
+    "warnings": _Field("a list of texts", lambda value: isinstance(value, list) and all(map(_TEXT.holds, value))),
+    "rows": _LIST,
+    "unit_of_diversity": _TEXT.or_null(),
+}
+_LIKELIHOOD = {
+    "text": _TEXT,
+    "measure": _one_of(MEASURES),
+    "steps": _MANY.or_null(),
+    "num_candidates": _MANY.or_null(),
+    "log_Z": _one_of(LOG_Z),
+    "direction": _one_of(DIRECTIONS),
+    **dict.fromkeys(UNITS, _ESTIMATE),
+    "ess": _ESTIMATE.or_null(),
+    "sequences": _MANY,
+    "length": _MANY,
+}
+_DECODING = {
+    "method": _TEXT,
+    "steps": _MANY.or_null(),
+    "file": _TEXT.or_null(),
+    "num_texts": _MANY,
+    "length": _MANY,
+    "nfe": _COUNT.or_null(),
+    "energy_nfe": _COUNT.or_null(),
+    "seconds": _POSITIVE.or_null(),
+    "judges": _map_of(_JUDGE),
+    "entropy": _ESTIMATE,
+    "distinct": _map_of(_NUMBER.or_null()),
+    "repetition": _map_of(_ESTIMATE),
+    "self_bleu": _ESTIMATE.or_null(),
+    "mauve": _NUMBER.or_null(),
+    "ess": _Field("a list of bins of t", lambda value: isinstance(value, list) and all(map(_BIN.holds, value))).or_null(),
+}
+_ROWS = {"likelihood": _LIKELIHOOD, "decoding": _DECODING, "samples": _DECODING}
+_ANEW = "write it anew with edlm eval --json"
+
+
+def read_documents(paths: Sequence[str | Path]) -> list[Document]:
+    """Documents in the order of their paths.
+
+    Raises:
+        ValueError: a file that cannot be read, is not whole, or is no document of this format, with the field that is amiss; the same
+            row (label, measure, text ..., or label and steps) twice, with the files that have it. Every message names the file.
+    """
+    documents = [_read(str(path)) for path in paths]
+    seen: dict[tuple[Any, ...], str] = {}
+    for document in documents:
+        for row in document.rows:
+            if row.get("method") == REAL_TEXT:  # of one text, however many models were judged beside it
+                continue
+            key = _key(document, row)
+            if key in seen:
+                what = ", ".join(str(part) for part in key if part is not None)
+                raise ValueError(
+                    f"{document.path}: expected rows that no other document has, got {what}, which {seen[key]} has too; leave one of "
+                    "them out, or write one anew with another --label"
+                )
+            seen[key] = document.path
+    return documents
+
+
+def _key(document: Document, row: dict[str, Any]) -> tuple[Any, ...]:
+    if document.kind == "likelihood":
+        n, steps = row["num_candidates"], row["steps"]
+        named = (f"T = {steps}" if steps else None, f"n = {n}" if n else None, row["log_Z"] and f"log Z {row['log_Z']}")
+        return document.label, row["measure"], *named, row["text"]
+    return row["method"], row["file"], f"{row['steps']} steps" if row["steps"] else None
+
+
+def _read(path: str) -> Document:
+    try:
+        plain = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_constant)
+    except OSError as error:
+        raise ValueError(f"{path}: expected a document of edlm eval --json, got {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, got what is none, or not the whole of it ({error}); {_ANEW}") from None
+    if not isinstance(plain, dict) or "edlm eval" not in plain:
+        raise ValueError(f'{path}: expected a document of edlm eval --json, with "edlm eval": {FORMAT}, got none; {_ANEW}')
+    if plain["edlm eval"] != FORMAT:
+        raise ValueError(f"{path}: expected format {FORMAT}, got {_short(plain['edlm eval'])}; {_ANEW} of this version")
+    _check(path, "", plain, _DOCUMENT)
+    if not plain["rows"]:
+        raise ValueError(f"{path}: expected rows, got none; leave the file out, or {_ANEW}")
+    fields = _ROWS[plain["kind"]]
+    for i, row in enumerate(plain["rows"]):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: rows[{i}]: expected an object, got {_short(row)}; {_ANEW}")
+        _check(path, f"rows[{i}].", row, fields)
+    rows = [dict.fromkeys(fields) | row for row in plain["rows"]]
+    return Document(path, **{key: plain.get(key) for key in _DOCUMENT if key != "rows"}, rows=rows)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name}, where a number that is not finite is null")
+
+
+def _check(path: str, where: str, plain: dict[str, Any], fields: Mapping[str, _Field]) -> None:
+    for key, field in fields.items():
+        value = plain.get(key)
+        if not field.holds(value):
+            got = _short(value) if key in plain else "none"
+            raise ValueError(f"{path}: {where}{key}: expected {field.words}, got {got}; {_ANEW}")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else f"{text[:90]} ..."
+
+
+# --- what the page and the plots ask of them ------------------------------------------------------------------------------------
+
+
+def likelihoods(documents: Sequence[Document]) -> list[tuple[str, dict[str, Any]]]:
+    """(label, row), in order of labels, measures, steps, draws and kinds of log Z."""
+    found = [(document.label, row) for document in documents if document.kind == "likelihood" for row in document.rows]
+    labels = list(dict.fromkeys(label for label, _ in found))
+
+    def order(item: tuple[str, dict[str, Any]]) -> tuple[int, ...]:
+        label, row = item
+        ranks = MEASURES.index(row["measure"]), row["steps"] or 0, row["num_candidates"] or 0, LOG_Z.index(row["log_Z"])
+        return labels.index(label), *ranks
+
+    return sorted(found, key=order)
+
+
+def decodings(documents: Sequence[Document]) -> dict[str, list[tuple[Document, dict[str, Any]]]]:
+    """label -> rows of the model's texts, in order of steps (none first), each with the document that it came in."""
+    found: dict[str, list[tuple[Document, dict[str, Any]]]] = {}
+    for document in documents:
+        for row in document.rows if document.kind != "likelihood" else ():
+            if row["method"] != REAL_TEXT:
+                found.setdefault(row["method"], []).append((document, row))
+    return {label: sorted(rows, key=lambda item: item[1]["steps"] or 0) for label, rows in found.items()}
+
+
+def real_texts(documents: Sequence[Document]) -> list[tuple[str, dict[str, Any]]]:
+    """(path, row) of held-out text, each measured thing once, however many documents repeat it."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for document in documents:
+        for row in document.rows:
+            if row.get("method") == REAL_TEXT:
+                measured = {key: row[key] for key in _MEASURED}
+                found.setdefault(json.dumps(measured, sort_keys=True), (document.path, row))
+    return list(found.values())
+
+
+_MEASURED = ("num_texts", "length", "judges", "entropy", "distinct", "repetition", "self_bleu", "mauve")
+
+
+def judges(documents: Sequence[Document]) -> list[str]:
+    rows = [row for document in documents if document.kind != "likelihood" for row in document.rows]
+    return list(dict.fromkeys(name for row in rows for name in row["judges"]))
+
+
+def seconds_of_a_text(row: Mapping[str, Any]) -> float | None:
+    return None if row["seconds"] is None else row["seconds"] / row["num_texts"]

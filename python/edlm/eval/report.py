@@ -1,0 +1,362 @@
+"""One page of Markdown from several documents of ``edlm eval``: tables, and the words without which they would be misread."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .documents import UNITS, Document, decodings, judges, likelihoods, real_texts, seconds_of_a_text
+from .equal_quality import ENTROPY_TOLERANCE, Match, Point, speed_at_equal_quality
+
+FEW = 2.0  # an ESS of n draws below which log Z is the affair of one or two of them
+_NONE = "-"
+_PAPER_JOINT = (
+    "paper_joint is no bound of anything: it weights the joint -log p(x0 | xt) by 1/t, while the ELBO in continuous time has the "
+    "marginals of p(x0 | xt) alone. For carried-over AR energies it equals the AR NLL, of whatever model and data; for a perfect joint "
+    "it lies below the entropy of the data. It is here to be compared with printed figures."
+)
+_FEW_DRAWS = (
+    f"The ESS of n is below {FEW:g}: log Z rests on one or two draws, and the bracket between its lower and its upper estimate says "
+    "little."
+)
+_DIRECTIONS = {
+    "exact": "the negative log-likelihood itself; its error is that of the choice of texts.",
+    "upper bound": "at or above the negative log-likelihood, in expectation.",
+    "below in expectation": "log Z from n draws is too low on average (Jensen), and so is this number: no upper bound.",
+    "above for n large enough": "log Z estimated from above, which holds for n large enough (Deng et al., arXiv 2004.11714) and fails "
+    "for few draws of heavy-tailed weights.",
+    "no bound": "not known to be above or below the negative log-likelihood.",
+}
+_MEASURES = {
+    "nelbo": "negative ELBO of the denoiser alone, in continuous time or of T steps.",
+    "ar_nll": "negative log-likelihood of an autoregressive model.",
+    "joint_nll": "negative log-likelihood of texts that are drawn in one step, T = 1.",
+    "finite_step_elbo": "negative ELBO of T steps of the ideal energy model, not of a sampler with finitely many candidates.",
+    "paper_joint": "the published perplexity formula.",
+}
+_LOG_Z = {None: _NONE, "exact": "exact", "lower": "lower", "upper_asymptotic": "upper, asymptotic"}
+_CAPTIONS = {
+    "bounds_vs_n.png": "Bounds against the draws of log Z",
+    "quality_vs_steps.png": "Quality against decoding steps",
+    "quality_vs_seconds.png": "Quality against seconds",
+    "quality_vs_entropy.png": "Quality against diversity",
+    "ess_vs_t.png": "Effective draws against time",
+}
+
+
+class _Notes:
+    """Footnotes of one table, numbered as they come."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+
+    def mark(self, text: str) -> str:
+        if text not in self._texts:
+            self._texts.append(text)
+        return f" ({self._texts.index(text) + 1})"
+
+    def lines(self) -> list[str]:
+        return [line for i, text in enumerate(self._texts, 1) for line in (f"({i}) {text}", "")]
+
+
+def page(
+    documents: Sequence[Document],
+    *,
+    unit: str = UNITS[0],
+    baseline: str | None = None,
+    entropy_tolerance: float = ENTROPY_TOLERANCE,
+    pictures: Sequence[str] = (),
+) -> str:
+    """The page, the same text for the same documents.
+
+    Args:
+        documents: of ``read_documents``.
+        unit: of the likelihood table, one of UNITS.
+        baseline: label that speeds are compared with; the one model without an energy if None.
+        entropy_tolerance: bits, of ``speed_at_equal_quality``.
+        pictures: names of pictures beside the page, of ``draw``.
+
+    Raises:
+        ValueError: no document; another unit; a baseline of which there are no texts; a tolerance below 0.
+    """
+    if not documents:
+        raise ValueError("documents: expected at least one, got none")
+    if unit not in UNITS:
+        raise ValueError(f"--unit: expected one of {', '.join(UNITS)}, got {unit!r}")
+    labels = list(dict.fromkeys(document.label for document in documents))
+    sections = [
+        [f"# Evaluation of {_plain(', '.join(labels))}", ""],
+        _sources(documents),
+        _likelihood(documents, unit, pictures),
+        _texts(documents, pictures),
+        _speed(documents, baseline, entropy_tolerance),
+    ]
+    return "\n".join(line for section in sections for line in section).rstrip("\n") + "\n"
+
+
+# --- Markdown ---------------------------------------------------------------------------------------------------------------------
+
+
+def _plain(text: object) -> str:
+    """One line that is neither a cell's end nor HTML."""
+    return " ".join(str(text).split()).replace("|", r"\|").replace("<", r"\<")
+
+
+def _table(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """Rows of one set of columns; a column without a value is left out. Padded, so that it can be read as text."""
+    names = [name for name in rows[0] if any(row[name] != _NONE for row in rows)]
+    widths = {name: max(len(name), 3, *(len(row[name]) for row in rows)) for name in names}
+    lines = ["| " + " | ".join(name.ljust(widths[name]) for name in names) + " |"]
+    lines.append("|" + "|".join("-" * (widths[name] + 2) for name in names) + "|")
+    lines += ["| " + " | ".join(row[name].ljust(widths[name]) for name in names) + " |" for row in rows]
+    return [*lines, ""]
+
+
+def _pictures(drawn: Sequence[str], *names: str) -> list[str]:
+    return [line for name in names if name in drawn for line in (f"![{_CAPTIONS[name]}]({name})", "")]
+
+
+def _estimate(value: Mapping[str, float | None] | None, digits: int, *, null: str = _NONE) -> str:
+    """``null``: what a mean that is null means."""
+    if value is None:
+        return _NONE
+    if value["mean"] is None:
+        return null
+    error = "" if value["stderr"] is None else f" ± {value['stderr']:.{digits}f}"
+    return f"{value['mean']:.{digits}f}{error}"
+
+
+def _number(value: float | None, digits: int | None = None) -> str:
+    """Three significant figures, or so many digits."""
+    if value is None:
+        return _NONE
+    if digits is not None:
+        return f"{value:.{digits}f}"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+# --- sections ---------------------------------------------------------------------------------------------------------------------
+
+
+def _machine(document: Document) -> str:
+    return ", ".join(f"{key} {value}" for key, value in document.machine.items()) or _NONE
+
+
+def _sources(documents: Sequence[Document]) -> list[str]:
+    rows = [
+        {
+            "file": _plain(document.path),
+            "kind": document.kind,
+            "model": _plain(document.label),
+            "machine": _plain(_machine(document)),
+            "seconds": _number(document.seconds),
+        }
+        for document in documents
+    ]
+    lines = ["Made by `edlm report`. ± is one standard error.", "", "## What was read", "", *_table(rows)]
+    for document in documents:
+        settings = ", ".join(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in document.settings.items())
+        lines.append(f"- {_plain(document.path)}: {_plain(settings) or 'no settings'}")
+        lines += [f"  - warning: {_plain(warning)}" for warning in document.warnings]
+    return [*lines, ""]
+
+
+def _likelihood(documents: Sequence[Document], unit: str, pictures: Sequence[str]) -> list[str]:
+    found = likelihoods(documents)
+    if not found:
+        return []
+    texts = list(dict.fromkeys(row["text"] for _, row in found))
+    digits = 2 if unit == "perplexity" else 4
+    effective = "ESS of n, of each text" if len(texts) > 1 else "ESS of n"
+    groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for label, row in found:
+        key = label, *(row[name] for name in ("measure", "steps", "num_candidates", "log_Z", "direction"))
+        groups.setdefault(key, {})[row["text"]] = row
+    notes, rows = _Notes(), []
+    for (label, measure, steps, n, log_z, direction), of_text in groups.items():
+        ess = [of_text[text]["ess"] if text in of_text else None for text in texts]
+        few = any(e is not None and e["mean"] is not None and e["mean"] < FEW for e in ess)
+        name = measure + (notes.mark(_PAPER_JOINT) if measure == "paper_joint" else "")
+        time = "continuous" if measure in ("nelbo", "paper_joint") and steps is None else _NONE
+        row = {"model": _plain(label), "measure": name, "T": time if steps is None else str(steps)}
+        row |= {"log Z": _LOG_Z[log_z], "n": _number(n, 0), "is": direction}
+        row |= {
+            _plain(text): _estimate(of_text[text][unit] if text in of_text else None, digits, null="not finite") for text in texts
+        }
+        known = any(e is not None for e in ess)
+        row[effective] = " / ".join(_estimate(e, 1) for e in ess) if known else _NONE
+        row[effective] += notes.mark(_FEW_DRAWS) if few else ""
+        rows.append(row)
+    lines = [
+        "## Likelihood",
+        "",
+        f"{unit.replace('_', ' ').capitalize()} of each text; low is good.",
+        "",
+        *_table(rows),
+        *notes.lines(),
+    ]
+    lines += _other_windows(found, texts)
+    if unit != "bits_per_character":
+        lines += ["What is counted per token compares only models of one tokenizer.", ""]
+    for words, key in ((_MEASURES, "measure"), (_DIRECTIONS, "direction")):
+        there = {row[key] for _, row in found}
+        lines += [*(f"- {name}: {meaning}" for name, meaning in words.items() if name in there), ""]
+    return lines + _pictures(pictures, "bounds_vs_n.png")
+
+
+def _other_windows(found: Sequence[tuple[str, dict[str, Any]]], texts: Sequence[str]) -> list[str]:
+    lines = []
+    for text in texts:
+        windows: dict[str, list[str]] = {}
+        for label, row in found:
+            if row["text"] == text:
+                windows.setdefault(f"{row['sequences']} of {row['length']} tokens", []).append(label)
+        if len(windows) > 1:
+            said = "; ".join(f"{what}: {', '.join(dict.fromkeys(of))}" for what, of in windows.items())
+            lines += [f"Not the same windows of {_plain(text)}: {_plain(said)}.", ""]
+    return lines
+
+
+def _texts(documents: Sequence[Document], pictures: Sequence[str]) -> list[str]:
+    real = real_texts(documents)
+    rows = [(f"real text of {path}" if len(real) > 1 else "real text", row) for path, row in real]
+    for label, found in decodings(documents).items():
+        rows += [(f"{label}, {row['file']}" if row["file"] else label, row) for _, row in found]
+    if not rows:
+        return []
+    names, notes = judges(documents), _Notes()
+    grams = {
+        kind: sorted({n for _, row in rows for n in row[kind]}, key=lambda n: (len(n), n)) for kind in ("distinct", "repetition")
+    }
+    table = []
+    for name, row in rows:
+        cells = {"texts of": _plain(name), "steps": _number(row["steps"], 0), "texts": f"{row['num_texts']} x {row['length']}"}
+        for judge in names:
+            score = row["judges"].get(judge)
+            skipped = score.get("skipped") if score else None
+            mark = notes.mark(f"{_plain(judge)} could not score {skipped} of the {row['num_texts']} texts.") if skipped else ""
+            cells[f"{_plain(judge)}, bits per character"] = _estimate(score and score["bits_per_character"], 3) + mark
+            cells[f"{_plain(judge)}, perplexity"] = _estimate(score and score["perplexity"], 2)
+        cells["entropy, bits"] = _estimate(row["entropy"], 3)
+        cells |= {f"distinct-{n}": _number(row["distinct"].get(n), 3) for n in grams["distinct"]}
+        cells |= {f"repetition-{n}": _estimate(row["repetition"].get(n), 3) for n in grams["repetition"]}
+        cells |= {"self-BLEU": _estimate(row["self_bleu"], 3), "MAUVE": _number(row["mauve"], 3)}
+        cells |= {"NFE": _number(row["nfe"], 0), "energy NFE": _number(row["energy_nfe"], 0), "seconds": _number(row["seconds"])}
+        table.append(cells)
+    return [
+        "## Texts",
+        "",
+        "Quality (judges; low is good) beside diversity (entropy, distinct, repetition, self-BLEU), as the one is bought with the "
+        "other: a text that repeats itself pleases a judge. Real text is the mark, on both sides. Texts are number x tokens; "
+        "distinct-n falls with their number. Seconds are of decoding them all. Entropies compare only what is counted in one "
+        f"tokenizer's tokens.{_other_units(documents)}",
+        "",
+        *_table(table),
+        *notes.lines(),
+        *_pictures(pictures, "quality_vs_steps.png", "quality_vs_seconds.png", "quality_vs_entropy.png", "ess_vs_t.png"),
+    ]
+
+
+def _other_units(documents: Sequence[Document]) -> str:
+    units: dict[str, list[str]] = {}
+    for document in documents:
+        if document.unit_of_diversity is not None:
+            units.setdefault(document.unit_of_diversity, []).append(document.path)
+    said = "; ".join(f"{unit} in {_plain(', '.join(paths))}" for unit, paths in units.items())
+    return f" Here they are counted in several units: {said}." if len(units) > 1 else ""
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------------------
+
+
+def _speed(documents: Sequence[Document], baseline: str | None, tolerance: float) -> list[str]:
+    models = decodings(documents)
+    if baseline is not None and baseline not in models:
+        raise ValueError(
+            f"--baseline: expected a model of which there are texts ({', '.join(models) or 'none'}), got {baseline!r}"
+        )
+    if not tolerance >= 0:
+        raise ValueError(f"--entropy-tolerance: expected bits >= 0, got {tolerance}")
+    timed = {label: rows for label, rows in models.items() if any(row["seconds"] is not None for _, row in rows)}
+    if len(timed) < 2 and baseline is None:
+        return []
+    lines = ["## Speed at equal quality", ""]
+    if baseline is None:
+        plain = [label for label, rows in timed.items() if len(rows) > 1 and not any(row["energy_nfe"] for _, row in rows)]
+        if len(plain) != 1:
+            got = f"of several ({', '.join(map(_plain, plain))})" if plain else "as every one has an energy, or one point alone"
+            return [*lines, f"Not compared: no model is the baseline by itself, {got}; choose one with --baseline.", ""]
+        baseline = plain[0]
+    lines += [
+        f"Seconds of {_plain(baseline)}, the baseline, over seconds of the model, at the model's own scores: above 1 the model is "
+        "faster. Of the baseline counts the least time at which it has a score at least as good; between its points log(seconds) is "
+        "linear in the score, and beyond them nothing is claimed. Nor is there a ratio where the entropies differ by more than "
+        f"{tolerance:g} bits. In brackets: the ratio with the difference of the two scores moved by one standard error either way "
+        f"({_NONE} where the baseline's curve ends before, or an error is not known); seconds were taken once, and count as exact. Xu "
+        "et al. (arXiv 2410.21357) print 1.3.",
+        "",
+    ]
+    for judge in judges(documents):
+        lines += [f"### {_plain(judge)}", ""]
+        for label in models:
+            if label != baseline:
+                lines += _compared(label, models[label], baseline, models[baseline], judge, tolerance)
+    return lines
+
+
+def _compared(
+    label: str,
+    rows: Sequence[tuple[Document, dict[str, Any]]],
+    baseline: str,
+    baseline_rows: Sequence[tuple[Document, dict[str, Any]]],
+    judge: str,
+    tolerance: float,
+) -> list[str]:
+    points, others = _curve(rows, judge), _curve(baseline_rows, judge)
+    names = f"{_plain(label)} against {_plain(baseline)}"
+    if not points or not others:
+        return [f"{names}: not compared, as {_plain(baseline if points else label)} has no seconds or no score.", ""]
+    both = [*rows, *baseline_rows]
+    lengths = sorted({row["length"] for _, row in both})
+    if len(lengths) > 1:
+        return [f"{names}: not compared, as texts have {' and '.join(map(str, lengths))} tokens.", ""]
+    machines = list(dict.fromkeys(_machine(document) for document, _ in both))
+    if len(machines) > 1:
+        return [f"{names}: not compared, as seconds are of several machines ({_plain('; '.join(machines))}).", ""]
+    matches = speed_at_equal_quality(points, others, entropy_tolerance=tolerance)
+    table = [
+        {
+            "steps": _number(m.point.steps, 0),
+            "bits per character": _estimate({"mean": m.point.score, "stderr": m.point.stderr}, 3),
+            "seconds a text": _number(m.point.seconds),
+            "baseline's seconds": _number(m.seconds),
+            "entropy": _number(m.point.entropy, 3),
+            "baseline's entropy": _number(m.entropy, 3),
+            "ratio": f"{m.ratio:.2f} ({_number(m.low, 2)} to {_number(m.high, 2)})" if m.ratio is not None else m.why,
+        }
+        for m in matches
+    ]
+    return [f"{names}: {_summary(matches)}.", "", *_table(table)]
+
+
+def _curve(rows: Sequence[tuple[Document, dict[str, Any]]], judge: str) -> list[Point]:
+    points = []
+    for _, row in rows:
+        score = row["judges"].get(judge, {}).get("bits_per_character", {"mean": None})
+        seconds = seconds_of_a_text(row)
+        if score["mean"] is not None and seconds is not None:
+            points.append(Point(row["steps"], seconds, score["mean"], score["stderr"], row["entropy"]["mean"]))
+    return points
+
+
+def _summary(matches: Sequence[Match]) -> str:
+    ratios = [m.ratio for m in matches if m.ratio is not None]
+    known = [m for m in matches if m.slower or m.ratio is not None]
+    slower = "slower at every score that can be compared" if known and all(m.slower for m in known) else ""
+    if not ratios:
+        whys = "; ".join(f"{why} ({sum(m.why == why for m in matches)})" for why in dict.fromkeys(m.why for m in matches))
+        return f"{slower}, no ratio" if slower else f"no ratio: {whys}"
+    span = " to ".join(dict.fromkeys((f"{min(ratios):.2f}", f"{max(ratios):.2f}")))
+    said = f"ratio {span} at {len(ratios)} of {len(matches)} points"
+    return f"{slower}, {said}" if slower else said
