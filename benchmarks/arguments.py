@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 FAMILIES = ("sampling", "log_probs", "importance")  # of ops
-SUITES = {"ops": FAMILIES, "training": ("step", "loader"), "decode": ("loop",)}
+SUITES = {"ops": FAMILIES, "training": ("step", "loader"), "decode": ("loop",), "eval": ("likelihood",)}
 DEVICES = ("cpu", "cuda")
 
 

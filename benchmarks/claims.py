@@ -1,5 +1,5 @@
-"""What the ops, a training step and a decode promise, checked against results: every claim with its limit, the measured value, and
-whether it is met.
+"""What the ops, a training step, a decode and an evaluation promise, checked against results: every claim with its limit, the measured
+value, and whether it is met.
 
 Medians as they are: no tolerance, no rounding before the comparison. A claim that was not measured is listed as such. A CPU and a
 GPU have claims of their own on the ops.
@@ -197,6 +197,21 @@ def _loop(m: Medians) -> Iterator[Verdict]:
         yield Verdict("loop", "decode: calls of the denoiser", f"{DECODE}, {setting}", nfe, "<=", 128, "")
 
 
+def _likelihood(m: Medians) -> Iterator[Verdict]:
+    """edlm.eval against eager evaluation: time where the vocabulary is large, and what a call is worth where a network is trained."""
+    bpe, long = "V = 50258, L = 128", "V = 50258, L = 256"
+    for kind, limit in (("nelbo", 1.5), ("ar_nll", 1.2)):
+        for where in (bpe, long):
+            ours, theirs = (m.get("likelihood", f"{kind}: {where}", None, name) for name in ("edlm", "eager"))
+            yield Verdict("likelihood", f"eval.{kind}: time of eager over it", where, _ratio(theirs, ours), ">=", limit)
+        ours, theirs = (m.get("likelihood", f"{kind}, peak memory: {bpe}", None, n, "extra_bytes") for n in ("edlm", "eager"))
+        yield Verdict("likelihood", f"eval.{kind}: peak beyond the weights over eager", bpe, _ratio(ours, theirs), "<=", 0.2)
+    for where in ("one sequence, 1 draw", "one sequence, 8 draws", "mean of 8 sequences, 1 draw each"):
+        where = f"pd_mdlm, {where}"
+        value = m.get("likelihood", f"spread: {where}", None, "eager", "equal_error")
+        yield Verdict("likelihood", "eval.nelbo: time of eager over it at equal standard errors", where, value, ">=", 1)
+
+
 # --- on a GPU ---------------------------------------------------------------------------------------------------------------------
 
 _LARGE = ("1024 x 50258", "8192 x 50258", "1024 x 151936", "8192 x 151936")
@@ -240,7 +255,7 @@ def _nothing(m: Medians) -> Iterator[Verdict]:
 def verdicts(results: list[dict], families: list[str], device: str = "cpu", checks: list[dict] | None = None) -> list[Verdict]:
     medians = Medians(results)
     judges = {"sampling": _sampling, "log_probs": _log_probs, "importance": _importance, "step": _step, "loader": _loader}
-    judges["loop"] = _loop
+    judges |= {"loop": _loop, "likelihood": _likelihood}
     if device == "cuda":
         judges |= {"sampling": lambda m: _cuda_sampling(m, checks or []), "log_probs": _nothing, "importance": _nothing}
     return [verdict for family in families for verdict in judges[family](medians)]

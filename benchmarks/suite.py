@@ -102,7 +102,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _module(family: str) -> str:
     suite = _suite(family)
-    return f".ops.bench_{family}" if suite == "ops" else f".{suite}.{family}"
+    folder = "evaluation" if suite == "eval" else suite
+    return f".ops.bench_{family}" if suite == "ops" else f".{folder}.{family}"
 
 
 def _suite(family: str) -> str:

@@ -60,6 +60,8 @@ def _unit(rows: list[dict], memory: bool) -> tuple[float, str]:
         return 1, "MB (beyond the gradients)" if any(r["gradient_bytes"] for r in rows) else "MB"
     if "stage_seconds" in rows[0]:  # a whole decode
         return 1e-3, "s"
+    if "sequences_per_second" in rows[0]:
+        return 1, "sequences a second" + (f", {rows[0]['draws']} draws each" if rows[0]["draws"] else "")
     return _scale([r["median"] for r in rows])
 
 
@@ -78,7 +80,7 @@ def _pivot(rows: list[dict]) -> list[str]:
             if row["gradient_bytes"]:
                 text += f" ({(row['extra_bytes'] - row['gradient_bytes']) / MEGABYTE:.0f})"
         else:
-            text = _time(scale * row["median"])
+            text = _time(row.get("sequences_per_second", scale * row["median"]))
             ratios = [_ratio(row["over_amax"])] if row["over_amax"] is not None and row["name"] != "amax" else []
             ratios += [_ratio(row["over"]["value"])] if row.get("over") and row["name"] != other else []
             ratios += [] if row.get("of_copy") is None else [f"{100 * row['of_copy']:.0f} %"]
@@ -110,7 +112,7 @@ def family_tables(document: dict, family: str) -> str:
             kinds.setdefault(row["case"].partition(":")[0], []).append(row)
     tables = []
     for rows in kinds.values():
-        tables.append(_pivot(rows))
+        tables.append(_spread(rows) if "deviation" in rows[0] else _pivot(rows))
         if "stage_seconds" in rows[0]:
             tables += [_calls(rows), _stages(rows)]
     return "\n\n".join("\n".join(table) for table in tables)
@@ -143,6 +145,22 @@ def _stages(rows: list[dict]) -> list[str]:
     rest = [r.get("rest_seconds", max(0.0, 1e-3 * r["median"] - sum(r["stage_seconds"].values()))) for r in rows]
     body.append(["everything else", *(f"{seconds:.2f}" for seconds in rest)])
     return _table([f"stages, s ({_label(rows[0])})", *(r["name"] for r in rows)], body)
+
+
+def _spread(rows: list[dict]) -> list[str]:
+    """How far an estimate scatters both ways, and what an equal standard error then costs."""
+    cases: dict[str, list[dict]] = {}
+    for row in rows:
+        cases.setdefault(_label(row), []).append(row)
+    names = [row["name"] for row in next(iter(cases.values()))]
+    body = []
+    for label, ways in cases.items():
+        last = ways[-1]
+        ratio = f"{last['variance_ratio']:.2f} +- {last['variance_ratio_stderr']:.2f}"
+        body.append([label, *(f"{r['mean']:.4f} ({r['deviation']:.4f})" for r in ways), ratio, f"{last['equal_error']:.2f}"])
+    over = f"{names[1]} over {names[0]}"
+    head = ["spread: mean (standard deviation given the text), nats/token", *names]
+    return _table([*head, f"variance = calls for an equal error, {over}", f"time for an equal error, {over}"], body)
 
 
 def verdict_table(found: list[Verdict]) -> str:

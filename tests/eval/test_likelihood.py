@@ -130,6 +130,25 @@ def test_stratified_draws_help() -> None:
     assert three.stderr < 0.9 * one.stderr / math.sqrt(3)
 
 
+def test_parts_of_the_range_are_drawn_independently() -> None:
+    """-log mu = n / L where n are masked, so a draw is linear in its place v: the mean of K draws, one in each K-th of the range, has
+    variance 1 / (12 K^3). One uniform for all parts would give 1 / (12 K^2): their errors would add up.
+
+    4000 sequences: the standard deviation is known to 1.1 %; n counts in steps of 1 / 256, which adds less than 1 %.
+    """
+
+    class Clock:
+        mask_token_id, vocab_size = 2, 3
+
+        def __call__(self, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            p = torch.exp(-(xt == 2).float().mean(1))
+            return torch.stack([p.log(), (1 - p).log(), torch.zeros_like(p)], 1)[:, None].expand(-1, xt.shape[1], -1)
+
+    estimate = nelbo(Clock(), torch.zeros(4000, 256, dtype=torch.int64), num_times=8, batch_size=8000)
+    assert abs(estimate.mean - 257 / 512) < 4.5 * estimate.stderr
+    assert float(estimate.values.std()) == pytest.approx(math.sqrt(1 / (12 * 8**3)), rel=0.06)
+
+
 @pytest.mark.parametrize("steps", [None, 3])
 def test_batches_leave_no_trace(steps: int | None) -> None:
     x0 = draws(10)

@@ -71,8 +71,8 @@ def finite_step_elbo(
         ValueError: wrong shapes; masks in x0; n < 2; a schedule with eps > 0 (a part of the bound would be missing); energies that are
             NaN or -inf.
 
-    RNG: Philox(seed[i]; 0, 0, 0, TIME) stratifies the draws k = 0, 1, ... of sequence i; draw k opens positions by
-    Philox(seed[i]; position, 0, k, CORRUPT) and completes them with Philox(seed[i]; position, j, k, TOKEN).
+    RNG: draw k = 0, 1, ... of sequence i takes the position of rank L (k + u) / num_times, u from Philox(seed[i]; 0, 0, k, TIME);
+    positions open by Philox(seed[i]; position, 0, k, CORRUPT) and are completed with Philox(seed[i]; position, j, k, TOKEN).
     """
     check_data(x0, steps=steps, num_times=num_times, batch_size=batch_size)
     check_num_candidates(num_candidates)

@@ -118,8 +118,8 @@ def nelbo(
     Raises:
         ValueError: wrong shapes; masks in x0; counts below 1; a sequence of which nothing is scored.
 
-    RNG: Philox(seed[i]; 0, 0, 0, TIME) stratifies the draws k = 0, 1, ... of sequence i; draw k masks with
-    Philox(seed[i]; position, 0, k, CORRUPT).
+    RNG: draw k = 0, 1, ... of sequence i lies at (k + u) / num_times of the range of n, u from Philox(seed[i]; 0, 0, k, TIME), and
+    masks with Philox(seed[i]; position, 0, k, CORRUPT).
     Source: Sahoo et al., arXiv 2406.07524 (continuous-time NELBO); the form over n: Ou et al., arXiv 2406.03736.
     """
     check_data(x0, num_times=num_times, batch_size=batch_size, **({} if steps is None else {"steps": steps}))
@@ -160,7 +160,9 @@ def draws_of(
         row = torch.arange(start, min(start + batch_size, len(x0) * num_times), device=device)
         draw, sequence = row % num_times, row // num_times
         own = seeds[sequence]
-        one, _ = philox_uniform(own, purpose=Purpose.TIME)
+        one, _ = philox_uniform(
+            own, offset=draw, purpose=Purpose.TIME
+        )  # of its own: one for all would add the errors of the parts up
         where = sequence.to(x0.device)
         u = corruption_uniforms(len(row), x0.shape[1], seed=own, offset=draw, device=device)
         yield Draws(slice(start, start + len(row)), where, x0[where].to(device), own, draw, u, (one + draw) / num_times)

@@ -1,0 +1,1 @@
+"""Likelihood of text: ``edlm bench eval``, against evaluation as research code does it."""
