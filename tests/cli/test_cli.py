@@ -192,41 +192,6 @@ def test_first_hitting_and_filters(edlm):
     assert edlm(*greedy, "--top-p", 0.5, "--min-p", 0.1, "--energy", AR, "--energy-temperature", 0)[0] == 0
 
 
-# --- eval -------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("model", "more", "name"),
-    [(DIT, (), "NELBO (upper bound)"), (DIT, ("--steps", 4), "NELBO of 4 steps (upper bound)"), (AR, (), "AR NLL (exact)")],
-)
-def test_eval(edlm, model, more, name):
-    common = ("eval", model, "--text", "text.txt", "--length", 16, "--windows", 10, *more)
-    code, out, _ = edlm(*common)
-    assert code == 0 and out.startswith("10 windows of 16 tokens") and name in out
-    assert "bits per character" in out and "perplexity" in out and "unigram entropy" in out
-    values = json.loads(edlm(*common, "--json")[1])
-    assert values[name]["sequences"] == 10 and 0 < values[name]["mean"] < 6
-    assert values["bits per character"]["mean"] == pytest.approx(values[name]["mean"] / 0.693147, rel=1e-4)
-    assert f"{values[name]['mean']:.4f}" in out
-
-
-def test_eval_of_the_bundled_test_split(edlm):
-    code, out, _ = edlm("eval", AR, "--windows", 4)
-    assert code == 0 and out.startswith("4 windows of 128 tokens")
-
-
-def test_eval_of_a_split_of_a_folder(edlm, folder):
-    """A file is read whole; of a folder it is one split, whose text is that file's."""
-    (folder / "splits").mkdir()
-    (folder / "splits" / "train.txt").write_text("not this " * 100)
-    (folder / "splits" / "valid.txt").write_text("nor this " * 100)
-    shutil.copy(folder / "text.txt", folder / "splits" / "test.txt")
-    common = ("--length", 16, "--windows", 10, "--json")
-    whole = edlm("eval", AR, "--text", "text.txt", *common)[1]
-    assert edlm("eval", AR, "--text", "splits", *common)[1] == whole
-    assert edlm("eval", AR, "--text", "splits", "--split", "valid", *common)[1] != whole
-
-
 # --- convert ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -243,11 +208,6 @@ def test_convert_halves_the_file_and_rounds_the_weights(edlm, folder, model):
     assert sizes[1] < 0.7 * sizes[0]
     if model == DIT:
         assert edlm("sample", out, "--num", 1, "--length", 9, "--steps", 2)[0] == 0
-
-
-def test_eval_of_one_window_has_no_standard_error(edlm):
-    code, out, _ = edlm("eval", AR, "--text", "text.txt", "--length", 16, "--windows", 1, "--json")
-    assert code == 0 and "NaN" not in out and json.loads(out)["AR NLL (exact)"]["stderr"] is None
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------------------
@@ -298,10 +258,6 @@ MISTAKES = {
     "convert a trainer's checkpoint": (("convert", CHECKPOINT, "runs/half"), "got a checkpoint of kind 'trainer'"),
     "convert onto a file": (("convert", DIT, "text.txt"), "out: expected the name of a new folder, got text.txt, which is there"),
     "convert onto a model": (("convert", DIT, AR), f"out: expected the name of a new folder, got {AR}, which is there"),
-    "blocks of text8": (
-        ("eval", AR, "--text", "text.txt", "--blocks", "bos_eos"),
-        "--blocks: expected a model whose tokenizer has",
-    ),
     "missing model": (("sample", "nowhere"), "nowhere: no such checkpoint"),
     "corrupt model": (("sample", "corrupt"), "corrupt checkpoint: model.safetensors: expected"),
     "an energy as a denoiser": (("sample", "runs/nce/model"), "expected a model (dit, causal_lm), got a checkpoint of kind 'nce"),
@@ -313,16 +269,10 @@ MISTAKES = {
         ("sample", CHECKPOINT),
         "got a checkpoint of kind 'trainer'; name its run's model folder",
     ),
-    "a trainer's checkpoint to evaluate": (
-        ("eval", CHECKPOINT),
-        "got a checkpoint of kind 'trainer'; name its run's model folder",
-    ),
     "a run as a model": (("sample", "runs/dit"), "expected a model's folder, got that of its run; name runs/dit/model"),
     "a run as an energy": ((*SAMPLE, "--energy", "runs/ar"), "name runs/ar/model"),
-    "a run to evaluate": (("eval", "runs/ar"), "name runs/ar/model"),
     "a file as a model": (("sample", "text.txt"), "expected a checkpoint folder, got a file"),
     "an energy without a tokenizer": ((*SAMPLE, "--energy", "bare"), "--energy: expected a model with the denoiser's tokenizer"),
-    "evaluation without a tokenizer": (("eval", "bare"), "tokenizer: the model was saved without one"),
     "a prompt without masks": (
         ("sample", DIT, "--prompt", "all is said"),
         "prompt: expected the mask (27) wherever text is wanted",
@@ -352,15 +302,6 @@ MISTAKES = {
     ),
     "a device that does not compute": ((*SAMPLE, "--device", "meta"), "--device: "),
     "a GPU that is not there": ((*SAMPLE, "--device", "cuda:99"), "got 'cuda:99'"),
-    "evaluate an empty text": (("eval", DIT, "--text", "empty.txt"), "text: empty.txt: expected text, got an empty file"),
-    "evaluate a short text": (("eval", DIT, "--text", "short.txt"), "text: expected at least 128 tokens for one window"),
-    "evaluate a missing text": (("eval", DIT, "--text", "nowhere.txt"), "nowhere.txt, which does not exist"),
-    "evaluate in 0 steps": (("eval", DIT, "--text", "text.txt", "--steps", "0"), "steps: expected an int >= 1, got 0"),
-    "steps of a causal model": (
-        ("eval", AR, "--text", "text.txt", "--steps", "4"),
-        "--steps: only a denoiser has a T-step bound",
-    ),
-    "windows 0": (("eval", DIT, "--windows", "0"), "--length, --windows: expected numbers >= 1, got 128, 0"),
     "two rounds": (("bench", "ops", "--smoke", "--repetitions", "2"), "--repetitions: expected at least 3, for quartiles, got 2"),
     "tables of text": (
         ("bench", "ops", "--markdown", "short.txt"),

@@ -134,7 +134,7 @@ def test_transformers_models(tmp_path, monkeypatch):
         ("edlm:dit", r"--judge: expected an autoregressive model .* got dit of kind 'dit'"),
         ("dit", r"got dit of kind 'dit', which has no likelihood"),
         ("edlm:run", r"expected a model's folder, got that of its run"),
-        ("nowhere", r"--judge: expected a kind of judge, .* got 'nowhere', which does not exist; one of\nhf:FOLDER"),
+        ("nowhere", r"--judge: expected a kind of judge, .* got 'nowhere', which does not exist; one of hf:FOLDER"),
         ("run", r"got 'run', which is neither"),
         ("text.txt", r"got 'text.txt', which is neither"),
         ("gpt:x", r"got 'gpt:x', which does not exist"),

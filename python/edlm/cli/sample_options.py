@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def _count_or_auto(text: str) -> int | str:
+def count_or_auto(text: str) -> int | str:
     try:
         return text if text == "auto" else int(text)
     except ValueError:
@@ -56,11 +56,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="text n of N uses seed * N + n: with the same --num, two seeds share no text (default: %(default)s)",
     )
+    order, energy = add_decoding(parser)
+    order.add_argument("--steps", type=int, help="of the ancestral and the remasking sampler, in each block (default: 32)")
+    energy.add_argument("--num-candidates", type=count_or_auto, metavar="K", help="a number, or auto (default: 8)")
+    where = parser.add_argument_group("where to")
+    where.add_argument("--out", metavar="FILE.jsonl", help="write a record a text; several processes of torchrun share the work")
+    where.add_argument("--resume", action="store_true", help="complete the file that the same command has begun")
+    where.add_argument("--json", action="store_true", help="print texts, tokens and all diagnostics as JSON")
+    where.add_argument("--history", action="store_true", help="with --json: every state")
+    where.add_argument("--html", metavar="FILE", help="write a page that replays the first batch")
+    where.add_argument("--watch", action="store_true", help="show the texts while they are decoded (extra: view)")
+    where.add_argument("--device", help="cpu, cuda, cuda:1 (default: CUDA where there is one)")
+    where.add_argument("--threads", type=int, help="CPU threads of a process, on which last bits depend (default: torch's)")
+
+
+def add_decoding(parser: argparse.ArgumentParser) -> tuple[Any, Any]:
+    """The options that ``edlm eval --decode`` has too. The groups of the order and of the energy, for those that differ there."""
     order = parser.add_argument_group("in which order (denoisers)")
     order.add_argument(
         "--sampler", choices=("ancestral", "first_hitting", "remasking", "left_to_right"), help="(default: ancestral)"
     )
-    order.add_argument("--steps", type=int, help="of the ancestral and the remasking sampler, in each block (default: 32)")
     order.add_argument("--remask-prob", type=float, help="remasking: at most this a step (default: 0.02)")
     order.add_argument("--block-length", type=int, help="decode in blocks of so many tokens, from the left")
     order.add_argument("--context-length", type=int, help="tokens that the networks see at once (default: what they can)")
@@ -69,7 +84,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--energy", metavar="MODEL", help="folder of an NCE energy, or of an autoregressive model, whose residual is used"
     )
     energy.add_argument("--carry-over", action="store_true", help="score masked positions alone (EDLM-coAR)")
-    energy.add_argument("--num-candidates", type=_count_or_auto, metavar="K", help="a number, or auto (default: 8)")
     energy.add_argument("--ess-target", type=float, help="auto candidates: as many as give this ESS (default: 4)")
     energy.add_argument("--max-candidates", type=int, help="auto candidates: at most so many (default: 32)")
     energy.add_argument(
@@ -86,12 +100,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     proposal.add_argument("--top-k", type=int, help="keep the k most probable tokens")
     proposal.add_argument("--top-p", type=float, help="keep the most probable tokens up to this mass")
     proposal.add_argument("--min-p", type=float, help="keep tokens at least this likely, relative to the likeliest")
-    where = parser.add_argument_group("where to")
-    where.add_argument("--out", metavar="FILE.jsonl", help="write a record a text; several processes of torchrun share the work")
-    where.add_argument("--resume", action="store_true", help="complete the file that the same command has begun")
-    where.add_argument("--json", action="store_true", help="print texts, tokens and all diagnostics as JSON")
-    where.add_argument("--history", action="store_true", help="with --json: every state")
-    where.add_argument("--html", metavar="FILE", help="write a page that replays the first batch")
-    where.add_argument("--watch", action="store_true", help="show the texts while they are decoded (extra: view)")
-    where.add_argument("--device", help="cpu, cuda, cuda:1 (default: CUDA where there is one)")
-    where.add_argument("--threads", type=int, help="CPU threads of a process, on which last bits depend (default: torch's)")
+    return order, energy

@@ -12,7 +12,7 @@ from typing import Any
 FORMAT = 1
 REAL_TEXT = "real text"  # the method of a row that is of held-out text
 UNITS = ("bits_per_character", "bits_per_token", "nats_per_token", "perplexity")
-MEASURES = ("nelbo", "ar_nll", "joint_nll", "finite_step_elbo", "paper_joint")
+MEASURES = ("nelbo", "ar_nll", "joint_nll", "finite_step_elbo", "sampler_elbo", "paper_joint")
 LOG_Z = (None, "exact", "lower", "upper_asymptotic")
 DIRECTIONS = ("exact", "upper bound", "below in expectation", "above for n large enough", "no bound")
 

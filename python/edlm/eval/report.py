@@ -33,6 +33,7 @@ _MEASURES = {
     "ar_nll": "negative log-likelihood of an autoregressive model.",
     "joint_nll": "negative log-likelihood of texts that are drawn in one step, T = 1.",
     "finite_step_elbo": "negative ELBO of T steps of the ideal energy model, not of a sampler with finitely many candidates.",
+    "sampler_elbo": "negative ELBO of decoding in T steps as it is done, picking one of n candidates in each; no log Z is needed.",
     "paper_joint": "the published perplexity formula.",
 }
 _LOG_Z = {None: _NONE, "exact": "exact", "lower": "lower", "upper_asymptotic": "upper, asymptotic"}

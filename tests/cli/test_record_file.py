@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 from edlm.cli import main
-from edlm.cli.sample_file import Part, SampleFile
+from edlm.cli.record_file import Part, RecordFile
 from untrained import save_models
 
 TEXTS = 61
@@ -252,14 +252,14 @@ def test_a_stop_at_every_step_of_the_end(edlm, folder, monkeypatch, last, tmp_pa
         return call
 
     with monkeypatch.context() as patched:
-        finish = SampleFile.finish
+        finish = RecordFile.finish
 
         def finishing(self):
             for owner, function in ((Path, "rename"), (Path, "replace"), (Path, "unlink"), (os, "fsync"), (os, "rmdir")):
                 patched.setattr(owner, function, dying(getattr(owner, function)))
             finish(self)
 
-        patched.setattr(SampleFile, "finish", finishing)
+        patched.setattr(RecordFile, "finish", finishing)
         with pytest.raises(Stop):
             main([*ARGUMENTS, "--out", name])
     if (folder / name).exists():
@@ -283,7 +283,7 @@ def test_nothing_decoded_claims_nothing(edlm, folder, monkeypatch):
     assert edlm(*ARGUMENTS, "--steps", "0", "--out", "later.jsonl")[0] == 2
     assert not list(folder.glob("later.jsonl*"))
     # A kill leaves the folder; other arguments may have it.
-    with SampleFile(folder / "later.jsonl", 9) as file:
+    with RecordFile(folder / "later.jsonl", 9) as file:
         assert file.begin({"--seed": 5}, False)
     assert (folder / "later.jsonl.part" / "settings.json").exists()
     assert edlm(*ARGUMENTS, "--out", "later.jsonl")[0] == 0
@@ -301,7 +301,7 @@ def test_somebody_else_s_folder_is_left_alone(edlm, folder):
 
 
 def test_one_run_a_file(edlm, folder):
-    with SampleFile(folder / "two.jsonl", 9) as file:
+    with RecordFile(folder / "two.jsonl", 9) as file:
         assert file.begin({}, False)
         code, _, err = edlm(*ARGUMENTS, "--out", "two.jsonl")
         assert code == 2 and "two.jsonl is being written by another process" in err
@@ -329,7 +329,7 @@ KILLS = """
 import os, random, signal, sys, time
 import torch
 from edlm.cli import main
-import edlm.samplers, edlm.train, edlm.data, edlm.models, edlm.cli.sample_file, edlm.cli.sample_json
+import edlm.samplers, edlm.train, edlm.data, edlm.models, edlm.cli.record_file, edlm.cli.sample_json
 torch.set_num_threads(1)
 name, luck, kills, grown = sys.argv[1], random.Random(3), 0, []
 part = name + ".part/0-of-1.jsonl"
@@ -428,8 +428,8 @@ def test_two_processes_complete_what_one_began(unfinished, edlm, folder):
 
 FAILS = """
 import os, signal, sys
-from edlm.cli import main, sample_file
-how, append, done = sys.argv.pop(1), sample_file.Part.append, []
+from edlm.cli import main, record_file
+how, append, done = sys.argv.pop(1), record_file.Part.append, []
 
 def failing(self, records):
     append(self, records)
@@ -439,7 +439,7 @@ def failing(self, records):
             os.kill(os.getpid(), signal.SIGKILL)
         raise OSError(28, "No space left on device")
 
-sample_file.Part.append = failing
+record_file.Part.append = failing
 sys.exit(main())
 """
 

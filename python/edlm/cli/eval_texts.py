@@ -1,0 +1,397 @@
+"""``edlm eval MODEL --decode`` and ``edlm eval FILE``: how good and how different texts are, decoded now or read from files."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data import tokenizer_from, windows
+from ..eval import Estimate
+from ..samplers import SampleOutput
+from .decoder import check, flag, given, open_decoder, special_tokens
+from .eval_document import NOTHING, plain
+from .eval_likelihood import names_of, tokens_of
+from .sample_json import own_tokens
+from .text_batches import TextBatches
+
+REAL_TEXT = "real text"
+FILES = (".jsonl", ".txt")
+_BINS = 10  # of t, over (0, 1]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts without special tokens, and what their diversity is counted in, int64 [L_i] each."""
+
+    texts: list[str]
+    tokens: list[torch.Tensor]
+
+    @classmethod
+    def of_tokens(cls, rows: Iterable[Sequence[int]], tokenizer: Any) -> Texts:
+        special = {tokenizer.mask_token_id, *special_tokens(tokenizer).values()}
+        own = [[i for i in row if i not in special] for row in rows]
+        return cls([tokenizer.decode(row) for row in own], [torch.tensor(row, dtype=torch.int64) for row in own])
+
+    @classmethod
+    def of_characters(cls, texts: list[str]) -> Texts:
+        return cls(texts, [torch.tensor([ord(c) for c in text], dtype=torch.int64) for text in texts])
+
+
+class Scorer:
+    """What is said of a set of texts: every judge's figures, their diversity, and MAUVE against ``reference``."""
+
+    def __init__(self, judges: Sequence[Any], reference: Sequence[str] | None, seed: int) -> None:
+        names = [judge.name for judge in judges]
+        if len(set(names)) < len(names):
+            raise ValueError(f"--judge: expected judges of different names, got {', '.join(names)}; leave one out")
+        self.judges, self.seed = judges, seed
+        self._features: tuple[Any, torch.Tensor] | None = None
+        if reference is not None:
+            featuring = next((judge for judge in judges if hasattr(judge, "features")), None)
+            if featuring is None:
+                raise ValueError(
+                    f"--mauve: expected a judge that has features (hf:FOLDER, gguf:FILE, smollm2), got {', '.join(names)}; "
+                    "name one, or leave it out"
+                )
+            self._features = featuring, featuring.features([text for text in reference if text])
+            self._mauve(self._features[1])  # too few texts, a seed too large, no package: known before anything is decoded
+
+    def _mauve(self, features: torch.Tensor) -> float:
+        from ..eval import mauve
+
+        return mauve(features, self._features[1], seed=self.seed)
+
+    def row(self, of: Texts, *, is_reference: bool = False) -> tuple[dict[str, Any], list[str]]:
+        """The part of a row that is about the texts, and what there is to warn of. Figures that do not exist are null."""
+        from ..eval import distinct_n, repetition, self_bleu, unigram_entropy
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            kept = [i for i, text in enumerate(of.texts) if text]
+            texts, tokens = [of.texts[i] for i in kept], [of.tokens[i] for i in kept]
+            notes = []
+            if len(kept) < len(of.texts):
+                notes.append(f"{len(of.texts) - len(kept)} of {len(of.texts)} texts are empty without special tokens: left out")
+            longest = max(map(len, tokens), default=0)
+            judged = {judge.name: self._judged(judge, texts, len(of.texts) - len(texts), notes) for judge in self.judges}
+            found = {
+                "num_texts": len(of.texts),
+                "length": max(1, longest),
+                "judges": judged,
+                "entropy": plain(unigram_entropy(tokens)) if tokens else NOTHING,
+                "distinct": {str(n): distinct_n(tokens, n) if n <= longest else None for n in (1, 2, 4)},
+                "repetition": {"4": plain(repetition(tokens, 4)) if longest >= 4 else NOTHING},
+                "self_bleu": self._or_none(lambda: plain(self_bleu(tokens)), notes) if len(tokens) > 1 else None,
+                "mauve": self._mauve(self._features[0].features(texts))
+                if self._features and texts and not is_reference
+                else None,
+                "example": next(iter(texts), ""),
+            }
+        return found, notes + [str(warning.message) for warning in caught]
+
+    def _judged(self, judge: Any, texts: list[str], empty: int, notes: list[str]) -> dict[str, Any]:
+        from ..eval import generative_perplexity
+
+        none = {"perplexity": NOTHING, "bits_per_token": NOTHING, "bits_per_character": NOTHING, "texts": 0}
+        if not texts:
+            return none | {"skipped": empty, "reasons": {}}
+        try:
+            found = generative_perplexity(texts, judge)
+        except ValueError as error:
+            if not str(error).startswith("texts: "):
+                raise
+            notes.append(str(error).removeprefix("texts: "))
+            return none | {"skipped": len(texts) + empty, "reasons": {}}
+        units = {name: plain(getattr(found, name)) for name in ("perplexity", "bits_per_token", "bits_per_character")}
+        return units | {"texts": found.texts, "skipped": found.skipped + empty, "reasons": found.reasons}
+
+    @staticmethod
+    def _or_none(measure: Callable[[], Any], notes: list[str]) -> Any:
+        """None, and a note, where a package is missing."""
+        try:
+            return measure()
+        except ImportError as error:
+            notes.append(str(error))
+            return None
+
+
+class _Rows:
+    """Work whose records are rows, each with its warnings: one a batch."""
+
+    first = 0
+    unit_of_diversity: str
+
+    def know(self, records: Sequence[dict[str, Any]]) -> None:
+        """No record is needed for another."""
+
+    def document(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        notes = [f"{record['named']}: {note}" for record in records for note in record["warnings"]]
+        return {
+            "seconds": sum(record["seconds"] for record in records),
+            "warnings": list(dict.fromkeys(notes)),
+            "rows": [record["row"] for record in records],
+            "unit_of_diversity": self.unit_of_diversity,
+        }
+
+    def _record(self, index: int, row: dict[str, Any], named: str, notes: list[str], started: float) -> dict[str, Any]:
+        return {"index": index, "row": row, "named": named, "warnings": notes, "seconds": time.perf_counter() - started}
+
+
+# --- decoded here and now ---------------------------------------------------------------------------------------------------------
+
+
+class Decoding(_Rows):
+    """Record 0 is of real text, the next ones of texts decoded in so many steps each, the same seeds for all."""
+
+    kind = "decoding"
+
+    def __init__(self, options: argparse.Namespace, device: torch.device, label: str) -> None:
+        if options.num_candidates and len(options.num_candidates) > 1:
+            shown = " ".join(map(str, options.num_candidates))
+            raise ValueError(
+                f"--num-candidates: expected one number of candidates for --decode, or auto, got {shown}; choose one"
+            )
+        ours = {"steps": None, "stop": None, "num_candidates": next(iter(options.num_candidates or ()), None)}
+        self.options = argparse.Namespace(**{**vars(options), **ours})
+        check(self.options)
+        self.decoder, self.label = open_decoder(self.options, device), label
+        self.steps = self._steps(options.decode)
+        self.tokenizer, self.device = self.decoder.tokenizer, device
+        most = None if options.block_length else getattr(self.decoder.network, "max_length", None)
+        length = min(128, most or 128) if options.length is None else options.length
+        self.texts = TextBatches(num=options.num_texts, batch_size=options.batch_size or 32, seed=options.seed, length=length)
+        self.real, counted = self._real(length)
+        self.scorer = self._scorer(counted, device)
+        self.unit_of_diversity = "tokens"
+        self.batches = [range(n, n + 1) for n in range(1 + len(self.steps))]
+        self.total, self._warm = len(self.batches), False
+
+    def _steps(self, asked: list[int]) -> list[int | None]:
+        """One row each. What has no grid has one row, without a number."""
+        grid = not self.decoder.causal and self.options.sampler in (None, "ancestral", "remasking")
+        if grid != bool(asked):
+            what = (
+                "numbers of steps, such as --decode 8 16 32"
+                if grid
+                else "no number, where every token is a step (an autoregressive model, or a sampler without a grid)"
+            )
+            raise ValueError(f"--decode: expected {what}, got {' '.join(map(str, asked)) or 'none'}")
+        if any(steps < 1 for steps in asked):
+            raise ValueError(f"--decode: expected numbers of steps >= 1, got {' '.join(map(str, asked))}")
+        return list(dict.fromkeys(asked)) or [None]
+
+    def _real(self, length: int) -> tuple[Texts, list[str]]:
+        """The odd windows of the text, as many as are decoded, spread over it; and the even ones, for a judge that counts."""
+        (source,) = self.options.text
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                rows = windows(tokens_of(source, self.options.split, self.tokenizer, folder), length)
+                if len(rows) < 2:
+                    raise ValueError(f"expected at least two windows of {length} tokens, got one; take more text or shorter ones")
+            except ValueError as error:
+                if source in str(error):
+                    raise
+                raise ValueError(f"--text: {source}: {str(error).removeprefix('text: ')}") from None
+        odd = rows[1::2]
+        count = min(self.texts.total, len(odd))
+        index = torch.arange(count) * (len(odd) - 1) // max(1, count - 1)
+        even = Texts.of_tokens(rows[0::2].tolist(), self.tokenizer).texts if self._counting else []
+        return Texts.of_tokens(odd[index].tolist(), self.tokenizer), even
+
+    @property
+    def _counting(self) -> bool:
+        return any(spec.startswith("ngram:") for spec in self.options.judge)
+
+    def _scorer(self, counted: list[str], device: torch.device) -> Scorer:
+        from .judges import HeldOut, open_judge
+
+        real = HeldOut(self.options.text[0], counted, self.real.texts) if self._counting else None
+        judges = [open_judge(spec, device, batch_size=self.options.batch_size, real=real) for spec in self.options.judge]
+        return Scorer(judges, self.real.texts if self.options.mauve else None, self.options.seed)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        (name,) = names_of(self.options.text, self.options.split).values()
+        digest = hashlib.sha256(json.dumps(self.real.texts).encode()).hexdigest()
+        shaping = {flag(key): value for key, value in given(self.options).items()}
+        return {
+            "--decode": self.steps,
+            "--num-texts": self.texts.total,
+            "--length": self.texts.length,
+            "--text": {name: f"sha256 {digest}"},
+            "--judge": self.options.judge,
+            "--mauve": self.options.mauve,
+            **shaping,
+        }
+
+    def records(self, number: int) -> list[dict[str, Any]]:
+        started = time.perf_counter()
+        if number == 0:
+            row, notes = self.scorer.row(self.real, is_reference=True)
+            row = {"method": REAL_TEXT, "steps": None, **row, "nfe": None, "energy_nfe": None, "seconds": None, "ess": None}
+            return [self._record(0, row, REAL_TEXT, notes, started)]
+        steps = self.steps[number - 1]
+        took, tokens = self._decode(steps)
+        row, notes = self.scorer.row(Texts.of_tokens(tokens, self.tokenizer))
+        row = {"method": self.label, "steps": steps, **row, "length": self.texts.length, **took}
+        return [self._record(number, row, self.label if steps is None else f"{steps} steps", notes, started)]
+
+    def _decode(self, steps: int | None) -> tuple[dict[str, Any], list[list[int]]]:
+        """All texts, and what that took: wall-clock of the sampler alone."""
+        decoder = self.decoder
+        if steps is not None:
+            decoder = replace(decoder, options=decoder.options | {"steps": steps})
+        self._warm_up(decoder, steps)
+        tokens, seconds, effective, nfe, energy_nfe = [], 0.0, [], 0, 0
+        for k in range(len(self.texts)):
+            began = self._now()
+            sample = decoder(**self.texts.arguments(k))
+            seconds += self._now() - began
+            tokens += own_tokens(sample)
+            effective.append(sample)
+            nfe, energy_nfe = max(nfe, sample.nfe), max(energy_nfe, sample.energy_nfe)
+        took = {"nfe": nfe, "energy_nfe": energy_nfe, "seconds": seconds, "ess": ess_by_time(effective)}
+        return took, tokens
+
+    def _warm_up(self, decoder: Any, steps: int | None) -> None:
+        """What a first call alone does (memory, threads, kernels) is not decoding: a few steps of a batch; without a grid, a text."""
+        if self._warm:
+            return
+        arguments = self.texts.arguments(0)
+        if steps is None:
+            decoder(**arguments | {"batch_size": 1})
+        else:
+            replace(decoder, options=decoder.options | {"steps": 2})(**arguments)
+        self._warm = True
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def ess_by_time(samples: Sequence[SampleOutput]) -> list[dict[str, Any]] | None:
+    """The mean effective sample size in each tenth of t, over the steps that used the energy; its error is over texts."""
+    found = []
+    for n in range(_BINS):
+        columns = []  # of each text: sum of ESS, of steps, of candidates
+        for sample in samples:
+            tenth = (sample.step_times * _BINS - 1e-9).ceil() - 1  # (0, 0.1] is the first; a t of the grid may be off by an ulp
+            ess, candidates = sample.ess.cpu().double(), sample.num_candidates.cpu().double()
+            here = (tenth.cpu() == n) & ~ess.isnan()
+            columns.append(torch.stack([(x * here).sum(0) for x in (ess.nan_to_num(), torch.ones_like(ess), candidates)]))
+        total, steps, candidates = torch.cat(columns, 1)
+        part = steps > 0
+        if bool(part.any()):
+            mean = plain(Estimate.ratio(total[part], steps[part], "of K"))
+            counts = {"count": int(steps.sum()), "num_candidates": float(candidates.sum() / steps.sum())}
+            found.append({"t": (n + 0.5) / _BINS, **mean, **counts})
+    return found or None
+
+
+# --- read from files --------------------------------------------------------------------------------------------------------------
+
+
+class Samples(_Rows):
+    """A record a file; the first is of real text where ``--text`` names some."""
+
+    kind = "samples"
+
+    def __init__(self, options: argparse.Namespace, device: torch.device, label: str) -> None:
+        from .judges import open_judge
+
+        self.options, self.label = options, label
+        if len(set(options.paths)) < len(options.paths):
+            raise ValueError(f"expected each file once, got {' '.join(options.paths)}")
+        if len(options.text or ()) > 1:
+            raise ValueError(f"--text: expected one file of real texts, got {' '.join(options.text)}")
+        if options.mauve and not options.text:
+            raise ValueError("--mauve: expected real texts to compare with, got none; give a file of them as --text")
+        self.paths = [*(options.text or ()), *options.paths]
+        read = [read_texts_of(path) for path in self.paths]
+        tokenizers = [_tokenizer_of(path) if rows is not None else None for path, (_, rows) in zip(self.paths, read, strict=True)]
+        known = tokenizers[0]
+        if known is not None and all(t is not None and t.description() == known.description() for t in tokenizers):
+            self.unit_of_diversity = "tokens"
+            self.read = [Texts.of_tokens(rows, known) for _, rows in read]
+        else:
+            self.unit_of_diversity = "characters"
+            self.read = [Texts.of_characters([_visible(text) for text in texts]) for texts, _ in read]
+        judges = [open_judge(spec, device, batch_size=options.batch_size) for spec in options.judge]
+        self.scorer = Scorer(judges, self.read[0].texts if options.mauve else None, options.seed)
+        self.batches = [range(n, n + 1) for n in range(len(self.paths))]
+        self.total = len(self.paths)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        digests = {path: "sha256 " + hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in self.paths}
+        return {"files": digests, "--text": self.options.text, "--judge": self.options.judge, "--mauve": self.options.mauve}
+
+    def records(self, number: int) -> list[dict[str, Any]]:
+        started, path = time.perf_counter(), self.paths[number]
+        real = number == 0 and bool(self.options.text)
+        row, notes = self.scorer.row(self.read[number], is_reference=real)
+        method = REAL_TEXT if real else self.label if len(self.options.paths) == 1 else Path(path).stem
+        return [self._record(number, {"method": method, "file": path, **row}, path, notes, started)]
+
+
+def read_texts_of(path: str) -> tuple[list[str], list[list[int]] | None]:
+    """The texts of a file, and the tokens of each where every record has them. ValueError names the file, and the line."""
+    if not path.endswith(FILES) or not Path(path).is_file():
+        raise ValueError(f"{path}: expected a file of texts, {' or '.join(FILES)}, got something else, or no such file")
+    try:
+        lines = Path(path).read_text(encoding="utf-8").removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8, got other bytes at {error.start}; convert it first") from None
+    if not any(line.strip() for line in lines):
+        raise ValueError(f"{path}: expected texts, got an empty file")
+    lines = lines[:-1] if lines[-1] == "" else lines
+    if not path.endswith(".jsonl"):
+        return lines, None
+    texts, tokens = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            raise ValueError(f'{path}, line {number}: expected a JSON object with a "text", got {line[:60]!r}')
+        texts.append(record["text"])
+        own = record.get("tokens")
+        if own is not None and (not isinstance(own, list) or not all(type(i) is int for i in [*own, record.get("length", 0)])):
+            raise ValueError(
+                f'{path}, line {number}: expected "tokens" to be a list of ids, and their "length", got {line[:60]!r}'
+            )
+        tokens.append(None if own is None else own[: record.get("length", len(own))])
+    return texts, None if None in tokens else tokens
+
+
+def _tokenizer_of(path: str) -> Any:
+    """That of the model which wrote the file, where its settings lie beside it and the model is still there; or None."""
+    from .. import checkpoint
+    from .sample import contents
+
+    try:
+        described = json.loads(Path(path + ".settings.json").read_text(encoding="utf-8"))
+        if contents(described["model"]) != described["settings"]["model"]:
+            return None
+        return tokenizer_from(checkpoint.meta_of(described["model"])["tokenizer"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _visible(text: str) -> str:
+    """Without the names of special tokens, of which the ids are not known here."""
+    from ..data.bpe import END_OF_TEXT, MASK
+
+    return text.replace(END_OF_TEXT, "").replace(MASK, "")
