@@ -170,6 +170,18 @@ def test_quality_and_diversity_and_what_they_cost_side_by_side(made):
     assert [row[1] for row in cells(text, "MDLM")] == ["4", "8", "16", "32", "64", "128"]
 
 
+def test_words_that_a_judge_leaves_out_are_said(made):
+    """A judge that skips the words that it does not know is pleased by texts of such words."""
+    lossy = texts_row("A", 4, {"j": (2.0, 0.1), "k": (2.0, 0.1)}, 6.0)
+    lossy["judges"]["j"]["left_out"] = 0.4321
+    plain = texts_row("A", 8, {"j": (1.9, 0.1), "k": (2.0, 0.1)}, 6.0)
+    plain["judges"]["j"]["left_out"] = 0.0
+    text = made(document("decoding", "A", [lossy, plain]))
+    assert column(text, "j, left out") == ["43.2 (1)", "-"]
+    assert "k, left out" not in text
+    assert "(1) j leaves out words that it does not know, in percent; what is left looks better for it." in text
+
+
 def test_every_direction_and_measure_is_explained_and_log_Z_is_named(made):
     text = section(made(*plausible().values()), "Likelihood")
     for word in ("nelbo", "ar_nll", "joint_nll", "finite_step_elbo", "paper_joint", "exact", "upper bound", "no bound"):

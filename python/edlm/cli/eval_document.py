@@ -112,13 +112,17 @@ def _texts(document: dict[str, Any]) -> list[str]:
     rows, decoding = document["rows"], document["kind"] == "decoding"
     judges = list(dict.fromkeys(name for row in rows for name in row["judges"]))
     taken = ["calls", "energy calls", "seconds", "ESS"] if decoding else []
-    good = [[f"{name}: {what}" for name in judges for what in ("perplexity", "bits/character")] + ["MAUVE", "texts", *taken]]
+    lossy = {name for row in rows for name, judged in row["judges"].items() if judged.get("left_out")}
+    columns = {name: ("perplexity", "bits/character", *(["left out"] if name in lossy else [])) for name in judges}
+    good = [[f"{name}: {what}" for name in judges for what in columns[name]] + ["MAUVE", "texts", *taken]]
     different = [["entropy", "distinct-1", "distinct-2", "distinct-4", "repetition-4", "self-BLEU"]]
     for row in rows:
         cells = []
         for name in judges:
             judged = row["judges"].get(name, {})
             cells += [_estimate(judged.get("perplexity", NOTHING), 1), _estimate(judged.get("bits_per_character", NOTHING), 3)]
+            if name in lossy:
+                cells.append(_cell(None if judged.get("left_out") is None else f"{judged['left_out']:.1%}"))
         spent = (row.get("nfe"), row.get("energy_nfe"), _short(row.get("seconds")), _mean_ess(row.get("ess"))) if decoding else ()
         good.append([*cells, *map(_cell, (_short(row["mauve"]), row["num_texts"], *spent))])
         shares = [_cell(_short(row["distinct"][n])) for n in ("1", "2", "4")]

@@ -102,7 +102,7 @@ class Scorer:
     def _judged(self, judge: Any, texts: list[str], empty: int, notes: list[str]) -> dict[str, Any]:
         from ..eval import generative_perplexity
 
-        none = {"perplexity": NOTHING, "bits_per_token": NOTHING, "bits_per_character": NOTHING, "texts": 0}
+        none = {"perplexity": NOTHING, "bits_per_token": NOTHING, "bits_per_character": NOTHING, "texts": 0, "left_out": None}
         if not texts:
             return none | {"skipped": empty, "reasons": {}}
         try:
@@ -113,7 +113,8 @@ class Scorer:
             notes.append(str(error).removeprefix("texts: "))
             return none | {"skipped": len(texts) + empty, "reasons": {}}
         units = {name: plain(getattr(found, name)) for name in ("perplexity", "bits_per_token", "bits_per_character")}
-        return units | {"texts": found.texts, "skipped": found.skipped + empty, "reasons": found.reasons}
+        counts = {"texts": found.texts, "skipped": found.skipped + empty, "reasons": found.reasons, "left_out": found.left_out}
+        return units | counts
 
     @staticmethod
     def _or_none(measure: Callable[[], Any], notes: list[str]) -> Any:

@@ -238,6 +238,10 @@ def _texts(documents: Sequence[Document], pictures: Sequence[str]) -> list[str]:
             skipped = score.get("skipped") if score else None
             mark = notes.mark(f"{_plain(judge)} could not score {skipped} of the {row['num_texts']} texts.") if skipped else ""
             cells[f"{_plain(judge)}, bits per character"] = _estimate(score and score["bits_per_character"], 3) + mark
+            # A score of fewer words looks better than it is.
+            words = f"{_plain(judge)} leaves out words that it does not know, in percent; what is left looks better for it."
+            lost = score.get("left_out") if score else None
+            cells[f"{_plain(judge)}, left out"] = f"{100 * lost:.1f}" + notes.mark(words) if lost else _NONE
             cells[f"{_plain(judge)}, perplexity"] = _estimate(score and score["perplexity"], 2)
         cells["entropy, bits"] = _estimate(row["entropy"], 3)
         cells |= {f"distinct-{n}": _number(row["distinct"].get(n), 3) for n in grams["distinct"]}
