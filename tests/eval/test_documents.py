@@ -23,6 +23,10 @@ def changed(field, value, kind="likelihood"):
     return plain
 
 
+def judge(**changes):
+    return dict.fromkeys(("perplexity", "bits_per_token", "bits_per_character"), estimate(1.0)) | changes
+
+
 def missing(field):
     plain = small()
     del plain["rows"][0][field]
@@ -67,6 +71,12 @@ def test_what_is_not_finite_is_null(tmp_path):
     assert one.rows[0]["perplexity"] == {"mean": None, "stderr": None}
 
 
+def test_shares_and_counts_that_may_be_missing(tmp_path):
+    for given in ({}, {"left_out": None, "skipped": None}, {"left_out": 1, "skipped": 3}):
+        assert read(tmp_path, changed("judges", {"j": judge(**given)}, "decoding"))
+    assert read(tmp_path, small())[0].rows[0]["low_ess"] is None
+
+
 def test_real_text_of_other_measurements_is_another_row(tmp_path):
     first, second = ([real_text_row()], [real_text_row(num_texts=32)])
     documents = read(tmp_path, document("decoding", "A", [*first, *first]), document("decoding", "B", second))
@@ -104,6 +114,12 @@ MISTAKES = {
         changed("judges", {"j": {"perplexity": estimate(1.0)}}, "decoding"),
         r"rows\[0\].judges: expected an object, each value",
     ),
+    "left out": (
+        changed("judges", {"j": judge(left_out=1.2)}, "decoding"),
+        r"rows\[0\].judges: .*left_out: a number from 0 to 1, or null",
+    ),
+    "skipped": (changed("judges", {"j": judge(skipped=-1)}, "decoding"), r".*skipped: a whole number >= 0, or null"),
+    "low ess": (changed("low_ess", 1.5), r"rows\[0\].low_ess: expected a number from 0 to 1, or null, got 1.5"),
     "bins": (changed("ess", [{"t": 0.5}], "decoding"), r"rows\[0\].ess: expected a list of bins of t, or null"),
 }
 

@@ -6,7 +6,9 @@ import math
 from dataclasses import replace
 
 import pytest
-from edlm.eval.equal_quality import Match, Point, speed_at_equal_quality
+from edlm.eval.documents import decodings, read_documents
+from edlm.eval.equal_quality import Match, Point, points_of, speed_at_equal_quality, summary, timed_and_scored, why_not_compared
+from eval_documents import curve, write
 
 
 def point(seconds, score, entropy=6.0, stderr=None, steps=1):
@@ -61,7 +63,7 @@ def test_one_standard_error_either_way():
 
 def test_nothing_beyond_the_scores_of_both():
     better = point(1.0, 0.9)
-    assert one(better) == Match(better, why="the baseline never reaches this score")
+    assert one(better) == Match(better, why="the baseline never reaches this score", better=True)
     poor = point(0.5, 3.1)
     assert one(poor) == Match(poor, why="no texts of the baseline are this poor")
     slow = point(1.5, 3.1)
@@ -85,3 +87,95 @@ def test_nothing_where_entropies_differ():
 def test_a_tolerance_that_is_none(tolerance):
     with pytest.raises(ValueError, match="entropy_tolerance: expected bits >= 0"):
         one(point(1.0, 2.5), entropy_tolerance=tolerance)
+
+
+def said(*points, stderr=0.01):
+    baseline = [replace(p, stderr=stderr) for p in BASELINE]
+    return summary(speed_at_equal_quality([replace(p, stderr=stderr) for p in points], baseline))
+
+
+def test_slower_is_said_of_what_surely_is():
+    slower = "slower at every score that can be compared, "
+    assert said(point(4.0, 2.5), point(9.0, 3.5)) == slower + "ratio 0.50 at 1 of 2 points"
+    assert said(point(9.0, 3.5)) == slower + "no ratio"
+    assert said(point(4.0, 2.5), point(2.1, 2.5)) == slower + "ratio 0.50 to 0.95 at 2 of 2 points"
+    assert said(point(4.0, 2.5), point(2.01, 2.5)) == "ratio 0.50 to 1.00 at 2 of 2 points", "high is above 1"
+    assert said(point(4.0, 2.5), stderr=None) == "ratio 0.50 at 1 of 1 points", "no error is known"
+    assert said(point(90.0, 1.0)) == "ratio 0.71 at 1 of 1 points", "the baseline's curve ends before high"
+    assert said(point(1.0, 2.5)) == "ratio 2.00 at 1 of 1 points"
+
+
+def test_scores_that_the_baseline_has_not_are_said():
+    better = "of 2 points its score is better than the baseline's best"
+    assert said(point(4.0, 2.5), point(9.0, 0.5)) == (
+        f"slower at every score that can be compared, ratio 0.50 at 1 of 2 points; at 1 {better}"
+    )
+    assert said(point(1.0, 0.9), point(2.0, 0.5)) == f"no ratio; at 2 {better}"
+    assert said(point(0.5, 3.1), point(1.0, 0.9)) == f"no ratio: no texts of the baseline are this poor (1); at 1 {better}"
+    assert said(point(1.0, 2.5, 5.0)) == "no ratio: entropy 1.010 bits below (1)"
+
+
+CURVE = [(1, 1.0, 3.0, 6.0), (4, 4.0, 2.0, 6.02)]
+
+
+@pytest.fixture
+def why_not(tmp_path, monkeypatch):
+    """why_not(documents, ...) of models scored by a judge j."""
+    monkeypatch.chdir(tmp_path)
+
+    def why(*plain):
+        write(tmp_path, {f"{i}.json": one for i, one in enumerate(plain)})
+        found = decodings(read_documents([f"{i}.json" for i in range(len(plain))])).values()
+        return why_not_compared([row for rows in found for row in timed_and_scored(rows, "j")], "j")
+
+    return why
+
+
+def test_what_cannot_be_compared_is_not(why_not):
+    plain = curve("B", CURVE)
+    assert why_not(plain, curve("E", CURVE)) == ""
+    other = curve("E", CURVE, machine={"device": "NVIDIA H100"})
+    said = "seconds are of several machines (torch 2.13.0, device cpu, threads 2; device NVIDIA H100)"
+    assert why_not(plain, other) == said
+    for change, said in (
+        ({"length": 256}, "texts have 128 and 256 tokens"),
+        ({"num_texts": 32}, "seconds are of 32 and 64 texts at once"),
+        ({"num_texts": 32, "seconds": None}, ""),  # what has no seconds is no point
+    ):
+        changed = curve("E", CURVE)
+        changed["rows"] = [row | change for row in changed["rows"]]
+        assert why_not(plain, changed) == said
+    small, large, unknown = (curve("E", CURVE, settings={"--batch-size": size}) for size in (8, 64, None))
+    plain["settings"] = {"--batch-size": 64}
+    assert why_not(plain, small) == "seconds are of batches of 64 and 8"
+    assert why_not(plain, large) == why_not(plain, unknown) == ""
+
+
+def test_judges_of_one_name_are_compared_where_they_are_the_same(why_not):
+    def judged(label, judge):
+        return curve(label, CURVE, settings={"--judge": judge})
+
+    plain = judged("B", {"hf:a": "sha256 1"})
+    assert why_not(plain, judged("E", {"hf:a": "sha256 2"})) == "j is not the same judge in 0.json, 1.json"
+    silent = judged("D", ["hf:a"])
+    assert why_not(plain, silent, judged("E", {"hf:a": "sha256 2"})) == "j is not the same judge in 0.json, 2.json"
+    for known in ({"hf:elsewhere": "sha256 1"}, {"hf:a": None}, ["hf:a"], None):
+        assert why_not(plain, judged("E", known)) == ""
+
+
+@pytest.mark.parametrize("lossy", ["B", "E"])
+def test_a_judge_that_leaves_out_much_says_nothing_of_speed(why_not, lossy):
+    plain = {label: curve(label, CURVE) for label in "BE"}
+    score = plain[lossy]["rows"][1]["judges"]["j"]
+    score["left_out"] = 0.1
+    assert why_not(*plain.values()) == ""
+    score["left_out"] = 0.11
+    assert why_not(*plain.values()) == "j leaves out more than 10 % of the words of one side or both"
+
+
+def test_points_are_what_is_timed_and_scored(tmp_path):
+    plain = curve("B", [*CURVE, (8, 5.0, 1.5, 6.0), (16, 6.0, 1.2, 6.0)])
+    plain["rows"][2]["seconds"] = None
+    plain["rows"][3]["judges"] = {}
+    (rows,) = decodings(read_documents(write(tmp_path, {"a.json": plain}))).values()
+    assert points_of(timed_and_scored(rows, "j"), "j") == [Point(1, 1.0, 3.0, None, 6.0), Point(4, 4.0, 2.0, None, 6.02)]

@@ -78,16 +78,17 @@ def test_each_bracket_has_its_own_enumerated_expectation(universe, denoiser, rou
 def test_log_Z_may_be_handed_on(universe, denoiser, rough):
     x0 = draws(universe, 20)
     masked = torch.full((1, LENGTH), universe.mask)
-    log_Z = log_partition_bounds(denoiser, rough, masked, 1.0, num_candidates=12, seed=5)
-    whole = joint_nll(denoiser, rough, x0, num_candidates=12, seed=5, batch_size=7)
+    log_Z = log_partition_bounds(denoiser, rough, masked, 1.0, num_candidates=40, seed=5)
+    whole = joint_nll(denoiser, rough, x0, num_candidates=40, seed=5, batch_size=7)
     handed = joint_nll(denoiser, rough, x0, log_Z=log_Z)
     assert (handed.lower, handed.upper_asymptotic) == (whole.lower, whole.upper_asymptotic)
-    assert whole.num_candidates == 12
+    assert whole.num_candidates == 40
     assert whole.ess.mean == float(log_Z.ess)
     # Its error is in all sequences alike: in the standard error, though one cannot see it in the values.
     spread = float(whole.lower.values.std()) / math.sqrt(20)
+    assert whole.lower.stderr > spread
     assert whole.lower.stderr == pytest.approx(math.hypot(spread, float(log_Z.stderr) / LENGTH))
-    assert joint_nll(denoiser, rough, x0, num_candidates=12, seed=6).lower.mean != whole.lower.mean
+    assert joint_nll(denoiser, rough, x0, num_candidates=40, seed=6).lower.mean != whole.lower.mean
 
 
 # --- the paper's figure -----------------------------------------------------------------------------------------------------------
@@ -149,6 +150,11 @@ def test_errors(universe, denoiser, rough):
             function(denoiser, rough, x0[:0])
         with pytest.raises(ValueError, match=r"energy: expected numbers above -inf, got nan"):
             function(denoiser, lambda x, xt, t, p: torch.full(x.shape[:2], math.nan), x0)
+    three = log_partition_bounds(denoiser, rough, torch.full((3, 3), universe.mask), 1.0, num_candidates=4)
+    with pytest.raises(ValueError, match=r"log_Z: expected that of one state, the fully masked one, got \[3\] states"):
+        joint_nll(denoiser, rough, universe.sequences[:3], log_Z=three)
+    with pytest.raises(ValueError, match="expected a completion that is possible among 8"):  # though x0 itself is possible
+        joint_nll(denoiser, lambda x, xt, t, p: torch.where(p[..., 0] < 0, 0.0, 0.0).fill_(math.inf), x0, num_candidates=8)
     impossible = paper_joint(
         denoiser, lambda x, xt, t, p: torch.zeros(x.shape[:2]).index_fill(1, torch.tensor([0]), math.inf), x0
     )

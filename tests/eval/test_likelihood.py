@@ -12,6 +12,7 @@ import pytest
 import torch
 from edlm.diffusion import CosineSchedule, LogLinearSchedule, MaskedDiffusion, NoiseSchedule, discrete_nelbo
 from edlm.eval import ar_nll, nelbo
+from edlm.eval.likelihood import _scored
 from exact import TabularCausalLM, TabularDenoiser, Universe
 
 UNIVERSE = Universe(num_tokens=3, length=3, seed=0)
@@ -221,6 +222,12 @@ def test_what_is_given_is_read_and_not_scored(steps: int | None) -> None:
     assert whole == nelbo(TabularDenoiser(UNIVERSE), x0[:50], steps=steps)
 
 
+def test_counts_lie_where_the_data_lie() -> None:
+    """Batches are picked out of them by an index on that device, which a tensor on the CPU would refuse."""
+    x0 = torch.zeros(4, LENGTH, dtype=torch.int64, device="meta")
+    assert _scored(None, x0).device.type == _scored(torch.zeros(4, LENGTH, dtype=torch.bool), x0).device.type == "meta"
+
+
 def _log_q(columns: tuple[int, ...]) -> torch.Tensor:
     """[S]: log q of the tokens of each sequence at these columns."""
     same = (UNIVERSE.sequences[:, None, list(columns)] == UNIVERSE.sequences[None, :, list(columns)]).all(2)
@@ -262,6 +269,13 @@ def test_errors() -> None:
 
     with pytest.raises(ValueError, match="causal_lm: expected log-probabilities, got NaN"):
         ar_nll(Broken(), x0)
+
+    class Nothing(TabularDenoiser):
+        def __call__(self, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return super().__call__(xt, t) * math.nan
+
+    with pytest.raises(ValueError, match="denoiser: expected log-probabilities, got NaN"):
+        nelbo(Nothing(UNIVERSE), x0)
     for function in (
         lambda g: nelbo(denoiser, x0, given=g),
         lambda g: ar_nll(TabularCausalLM(UNIVERSE, UNIVERSE.q), x0, given=g),

@@ -102,9 +102,11 @@ def test_ess_and_standard_error(universe, denoiser, rough):
 
     ess = effective_size(-weights.log())
     assert float(ess) == pytest.approx(float(weights.sum() ** 2 / weights.square().sum()))
-    assert float(log_Z_stderr(ess, 4)) == pytest.approx(float(weights.std() / weights.mean()) / 2)
-    one = torch.tensor([0.0, math.inf, math.inf])
-    assert float(effective_size(one)) == 1 == float(log_Z_stderr(effective_size(one), 3))
+    assert math.isnan(float(log_Z_stderr(ess, 4)))  # three effective draws: nothing is said
+    many = weights.repeat(25)
+    spread = float(many.std() / many.mean()) / 10
+    assert float(log_Z_stderr(effective_size(-many.log()), 100)) == pytest.approx(spread)
+    assert float(effective_size(torch.tensor([0.0, math.inf, math.inf]))) == 1
     assert float(effective_size(torch.full((3,), math.inf))) == 1
 
 
@@ -183,6 +185,30 @@ def test_errors(universe, denoiser, rough):
         log_Z_lower(torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="mask_token_id: expected the denoiser's mask"):
         ARResidualEnergy(TabularCausalLM(universe, universe.q)).log_Z(xt)
+
+
+def test_energies_without_a_possible_draw(denoiser):
+    """Draws of the second state are all impossible: nothing is known of its Z, and it is not -inf."""
+
+    def energy(x0, xt, t, log_p):
+        return torch.where(xt[:, :1] == 1, math.inf, 0.0).expand(x0.shape[:2])
+
+    with pytest.raises(
+        ValueError, match=r"expected a completion that is possible among 4 of each state, got \+inf for all of state 1"
+    ):
+        log_partition_bounds(denoiser, energy, torch.tensor(STATES), 0.5, num_candidates=4)
+
+
+def test_what_an_energy_says_of_log_Z_has_a_shape(denoiser, rough):
+    class Wrong:
+        def __call__(self, *given):
+            return rough(*given)
+
+        def log_Z(self, xt):
+            return torch.zeros(len(xt), 1)
+
+    with pytest.raises(ValueError, match=r"energy: expected log_Z\(xt\) \[B\] = \[3\], NaN where it is not known, got \[3, 1\]"):
+        log_partition_bounds(denoiser, Wrong(), torch.tensor(STATES), 0.5, num_candidates=4)
 
 
 def test_the_perfect_energy_has_Z_one_everywhere(universe, perfect):

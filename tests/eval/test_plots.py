@@ -66,7 +66,7 @@ def test_every_question_has_a_picture(drawn):
         "seconds a text",
         "unigram entropy of a text, bits (large marks: most steps)",
         "t (decoding goes from 1 to 0)",
-        "draws n behind log Z",
+        "draws n behind log Z (no error is known below an ESS of 5)",
     ]
 
 

@@ -145,7 +145,9 @@ class Likelihood:
 
         n, started = self._draws[index], time.perf_counter()
         masked = torch.full((1, self.length), self.model.mask_token_id, device=self.device)
-        bounds = log_partition_bounds(self.model, self.energy, masked, 1.0, num_candidates=n, seed=self.seed)
+        bounds = log_partition_bounds(
+            self.model, self.energy, masked, 1.0, num_candidates=n, seed=self.seed, energy_batch_size=self.batch_size
+        )
         names = ("log_Z_lower", "log_Z_upper_asymptotic", "log_Z_exact", "stderr", "ess")
         fields = {name: _written(float(getattr(bounds, name)[0])) for name in names}
         return {"index": index, "num_candidates": n, "log_Z": fields, "seconds": time.perf_counter() - started}

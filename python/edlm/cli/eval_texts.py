@@ -92,7 +92,7 @@ class Scorer:
                 "distinct": {str(n): distinct_n(tokens, n) if n <= longest else None for n in (1, 2, 4)},
                 "repetition": {"4": plain(repetition(tokens, 4)) if longest >= 4 else NOTHING},
                 "self_bleu": self._or_none(lambda: plain(self_bleu(tokens)), notes) if len(tokens) > 1 else None,
-                "mauve": self._mauve(self._features[0].features(texts))
+                "mauve": self._or_none(lambda: self._mauve(self._features[0].features(texts)), notes)
                 if self._features and texts and not is_reference
                 else None,
                 "example": next(iter(texts), ""),
@@ -118,10 +118,10 @@ class Scorer:
 
     @staticmethod
     def _or_none(measure: Callable[[], Any], notes: list[str]) -> Any:
-        """None, and a note, where a package is missing."""
+        """None, and a note, where a package is missing, or the texts have no such figure."""
         try:
             return measure()
-        except ImportError as error:
+        except (ImportError, ValueError) as error:
             notes.append(str(error))
             return None
 

@@ -46,12 +46,14 @@ def completions(
         raise ValueError(f"proposal: expected [B, L, ...] = [{batch}, {xt.shape[1]}, ...], got {list(output.shape)}")
     candidates = torch.cat([x0[:, None], xt[:, None].expand(-1, num_completions, -1)], 1)
     log_p = torch.zeros(candidates.shape, dtype=torch.float32, device=x0.device)
+    # Also under autocast: log mu is a sum of about a thousand terms, and bfloat16 logits would cost it as much as energies differ.
+    wide = torch.is_autocast_enabled(x0.device.type)
     rows, offsets = max(1, _HEAD_BYTES // (4 * proposal.vocab_size + 16 * num_completions)), offsets.expand(batch)
     for at in (xt == mask).nonzero().split(rows):
         b, i = at.unbind(1)
-        # Also under autocast: log mu is a sum of about a thousand terms, and bfloat16 logits would cost it as much as energies differ.
         with torch.autocast(x0.device.type, enabled=False):
-            logits = proposal.head(output[b, i].float()) if offers_head(proposal) else output[b, i]
+            picked = output[b, i].float() if wide and offers_head(proposal) else output[b, i]
+            logits = proposal.head(picked) if offers_head(proposal) else picked
         if num_completions:
             drawn = sample_categorical(logits, num_completions, position=i, forbidden=mask, seed=seeds[b], offset=offsets[b])
             candidates[b, 1:, i], log_p[b, 1:, i] = drawn.tokens, drawn.log_probs

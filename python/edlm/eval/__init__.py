@@ -1,4 +1,4 @@
-"""Numbers about models and samples, each with its standard error and its name: bounds are not mixed with what is none."""
+"""Numbers about models and samples, named for what they are; those that are means have standard errors."""
 
 from .estimate import Estimate
 from .finite_steps import finite_step_elbo

@@ -14,6 +14,8 @@ REAL_TEXT = "real text"  # the method of a row that is of held-out text
 UNITS = ("bits_per_character", "bits_per_token", "nats_per_token", "perplexity")
 MEASURES = ("nelbo", "ar_nll", "joint_nll", "finite_step_elbo", "sampler_elbo", "paper_joint")
 LOG_Z = (None, "exact", "lower", "upper_asymptotic")
+FEW = 2.0  # an ESS of n draws below which log Z is the affair of one or two of them
+LOW_ESS = 0.1  # the most sequences that may have so few
 DIRECTIONS = ("exact", "upper bound", "below in expectation", "above for n large enough", "no bound")
 
 
@@ -65,7 +67,7 @@ def _map_of(field: _Field) -> _Field:
 
 def _fields(fields: Mapping[str, _Field]) -> _Field:
     return _Field(
-        f"an object of {', '.join(fields)}",
+        f"an object of {'; '.join(f'{key}: {field.words}' for key, field in fields.items())}",
         lambda value: isinstance(value, dict) and all(field.holds(value.get(key)) for key, field in fields.items()),
     )
 
@@ -81,7 +83,11 @@ _ESTIMATE = _Field(
     'an estimate, {"mean": a number or null, "stderr": a number or null}',
     lambda value: isinstance(value, dict) and all(k in value and _NUMBER.or_null().holds(value[k]) for k in ("mean", "stderr")),
 )
-_JUDGE = _fields({"perplexity": _ESTIMATE, "bits_per_token": _ESTIMATE, "bits_per_character": _ESTIMATE})
+_SHARE = _Field("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
+_JUDGE = _fields(
+    dict.fromkeys(("perplexity", "bits_per_token", "bits_per_character"), _ESTIMATE)
+    | {"skipped": _COUNT.or_null(), "left_out": _SHARE.or_null()}
+)
 _BIN = _fields({"t": _NUMBER, "mean": _NUMBER, "stderr": _NUMBER.or_null(), "count": _COUNT, "num_candidates": _NUMBER})
 
 _DOCUMENT = {
@@ -103,6 +109,7 @@ _LIKELIHOOD = {
     "direction": _one_of(DIRECTIONS),
     **dict.fromkeys(UNITS, _ESTIMATE),
     "ess": _ESTIMATE.or_null(),
+    "low_ess": _SHARE.or_null(),  # of the sequences, those whose ESS is below FEW
     "sequences": _MANY,
     "length": _MANY,
 }
@@ -242,6 +249,27 @@ _MEASURED = ("num_texts", "length", "judges", "entropy", "distinct", "repetition
 def judges(documents: Sequence[Document]) -> list[str]:
     rows = [row for document in documents if document.kind != "likelihood" for row in document.rows]
     return list(dict.fromkeys(name for row in rows for name in row["judges"]))
+
+
+def is_distrusted(row: Mapping[str, Any]) -> bool:
+    """A likelihood whose log Z was estimated from draws of which next to none count, or that is of a probability above 1."""
+    if row["log_Z"] not in ("lower", "upper_asymptotic"):
+        return False
+    ess, figure = row["ess"] and row["ess"]["mean"], row["nats_per_token"]["mean"]
+    return (ess is not None and ess < FEW) or (row["low_ess"] or 0) > LOW_ESS or (figure is not None and figure < 0)
+
+
+def judge_identity(document: Document, row: Mapping[str, Any], judge: str) -> str | None:
+    """What tells a judge from another of its name; None where the document does not say. Judges are in the order of the option."""
+    given, names = document.settings.get("--judge"), list(row["judges"])
+    if not isinstance(given, dict) or len(given) != len(names) or judge not in names:
+        return None
+    identity = list(given.values())[names.index(judge)]
+    return None if identity is None else json.dumps(identity, sort_keys=True)
+
+
+def machine_of(document: Document) -> str:
+    return ", ".join(f"{key} {value}" for key, value in document.machine.items()) or "-"
 
 
 def seconds_of_a_text(row: Mapping[str, Any]) -> float | None:

@@ -6,8 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
+
+from .documents import Document, judge_identity, machine_of, seconds_of_a_text
 
 ENTROPY_TOLERANCE = 0.05  # bits
+LEFT_OUT = 0.1  # of the words: a judge that leaves out more says little of the text
+
+Rows = Sequence[tuple[Document, dict[str, Any]]]  # of texts
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class Match:
     high: float | None = None
     why: str = ""  # there is no ratio
     slower: bool = False  # at like entropy, be there a ratio or not
+    better: bool = False  # than any point of the baseline
 
 
 def speed_at_equal_quality(
@@ -75,7 +82,7 @@ def _match(point: Point, envelope: Sequence[Point], tolerance: float) -> Match:
         return Match(point, why="no point of the baseline has a score and seconds")
     fastest, best = envelope[0], envelope[-1]
     if point.score < best.score:
-        return Match(point, why="the baseline never reaches this score")
+        return Match(point, why="the baseline never reaches this score", better=True)
     if point.score > fastest.score:
         if fastest.seconds > point.seconds:
             return Match(point, why="no texts of the baseline are this poor")
@@ -117,3 +124,60 @@ def _at(score: float, envelope: Sequence[Point]) -> Point:
             stderr = None if a.stderr is None or b.stderr is None else math.hypot((1 - w) * a.stderr, w * b.stderr)
             return Point(None, seconds, score, stderr, entropy)
     return next(point for point in envelope if point.score == score)
+
+
+# --- of documents -----------------------------------------------------------------------------------------------------------------
+
+
+def timed_and_scored(rows: Rows, judge: str) -> Rows:
+    return [
+        (document, row)
+        for document, row in rows
+        if row["seconds"] is not None and row["judges"].get(judge, {}).get("bits_per_character", {}).get("mean") is not None
+    ]
+
+
+def points_of(rows: Rows, judge: str) -> list[Point]:
+    """Of rows of ``timed_and_scored``."""
+    points = []
+    for _, row in rows:
+        score, seconds = row["judges"][judge]["bits_per_character"], seconds_of_a_text(row)
+        points.append(Point(row["steps"], seconds, score["mean"], score["stderr"], row["entropy"]["mean"]))
+    return points
+
+
+def why_not_compared(rows: Rows, judge: str) -> str:
+    """Why points of these rows, of both sides, are no two curves of one plot; "" where they are."""
+    judged = [judge_identity(document, row, judge) for document, row in rows]
+    if len(set(judged) - {None}) > 1:
+        paths = dict.fromkeys(document.path for (document, _), identity in zip(rows, judged, strict=True) if identity is not None)
+        return f"{judge} is not the same judge in {', '.join(paths)}"
+    if any((row["judges"][judge].get("left_out") or 0) > LEFT_OUT for _, row in rows):
+        return f"{judge} leaves out more than {100 * LEFT_OUT:g} % of the words of one side or both"
+    said: dict[str, list[Any]] = {
+        "texts have {} tokens": sorted({row["length"] for _, row in rows}),
+        "seconds are of {} texts at once": sorted({row["num_texts"] for _, row in rows}),
+        "seconds are of batches of {}": list(dict.fromkeys(document.settings.get("--batch-size") or 0 for document, _ in rows)),
+        "seconds are of several machines ({})": list(dict.fromkeys(machine_of(document) for document, _ in rows)),
+    }
+    for words, values in said.items():
+        known = [str(value) for value in values if value]  # a size of batch that is not given is not known
+        if len(known) > 1:
+            return words.format(("; " if "machines" in words else " and ").join(known))
+    return ""
+
+
+def summary(matches: Sequence[Match]) -> str:
+    """One line of a model's points. Slower throughout is said only of what is so by a standard error."""
+    ratios = [m.ratio for m in matches if m.ratio is not None]
+    known = [m for m in matches if m.slower or m.ratio is not None]
+    surely = [m for m in known if m.slower and (m.ratio is None or (m.high is not None and m.high < 1))]
+    better = sum(m.better for m in matches)
+    said = "slower at every score that can be compared, " if known and len(surely) == len(known) else ""
+    if ratios:
+        span = " to ".join(dict.fromkeys((f"{min(ratios):.2f}", f"{max(ratios):.2f}")))
+        said += f"ratio {span} at {len(ratios)} of {len(matches)} points"
+    else:
+        whys = [m.why for m in matches if not m.better and not (said and m.slower)]
+        said += "no ratio" + (": " if whys else "") + "; ".join(f"{why} ({whys.count(why)})" for why in dict.fromkeys(whys))
+    return said + (f"; at {better} of {len(matches)} points its score is better than the baseline's best" if better else "")

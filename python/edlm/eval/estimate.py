@@ -13,7 +13,8 @@ class Estimate:
     """A mean over independent sequences and its standard error (NaN for one sequence).
 
     ``values`` are what it is the mean of, one a sequence, where they were kept: two models' figures on the same sequences are best
-    compared by ``Estimate.of(a.values - b.values, a.unit)``, whose error is that of the difference.
+    compared by ``Estimate.of(a.values - b.values, a.unit)``, whose error is that of the difference. At one seed the figures share
+    their draws as well: good for differences, while errors of figures at one seed do not add in quadrature.
     """
 
     mean: float
@@ -76,7 +77,7 @@ class Estimate:
     def perplexity(self) -> Estimate:
         """exp(nats per token); its standard error to first order. Of a NELBO it is an upper bound in expectation."""
         nats = self._scaled(1.0, "nats/token")
-        value = math.exp(nats.mean) if nats.mean < 700 else math.inf
+        value = math.inf if nats.mean >= 700 else math.exp(nats.mean)
         return Estimate(mean=value, stderr=value * nats.stderr, count=self.count, unit="perplexity")
 
     def __str__(self) -> str:

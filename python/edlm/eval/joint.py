@@ -14,6 +14,7 @@ from .likelihood import check_data, device_of, draws_of, ordered_masks
 from .partition import (
     PartitionBounds,
     check_num_candidates,
+    check_possible,
     effective_size,
     energies_of,
     exact_log_Z,
@@ -34,7 +35,7 @@ class EnergyEstimate:
     lower: Estimate
     upper_asymptotic: Estimate
     exact: Estimate | None  # where the energy knows its log Z for all states that came up
-    sampler: Estimate | None = None  # ``finite_step_elbo`` alone: an upper bound for decoding with K = n candidates as it is done
+    sampler: Estimate | None = None  # of ``finite_step_elbo`` alone: an upper bound, for the sampler with K = n candidates
     ess: Estimate  # effective sample size of n weights, unit "of n"
     num_candidates: int  # n
 
@@ -71,7 +72,12 @@ def joint_nll(
     Source: Xu et al., arXiv 2410.21357, section 4 and Theorem 1.
     """
     check_data(x0, batch_size=batch_size)
-    _check_masks(denoiser, x0)
+    check_no_masks(denoiser, x0)
+    if log_Z is not None and log_Z.log_Z_lower.shape != (1,):
+        raise ValueError(
+            f"log_Z: expected that of one state, the fully masked one, got {list(log_Z.log_Z_lower.shape)} states; call "
+            "log_partition_bounds with xt [1, L]"
+        )
     length, device = x0.shape[1], device_of(denoiser, x0)
     if log_Z is None:
         masked = torch.full((1, length), denoiser.mask_token_id, device=device)
@@ -110,6 +116,7 @@ def paper_joint(
     num_times: int = 1,
     seed: int | torch.Tensor = 0,
     batch_size: int = 16,
+    energy_batch_size: int = 64,
 ) -> EnergyEstimate:
     """The figure by which the paper reports perplexities: E_t (1/t) [-log p(x0 | xt)], nats per token. **It is no bound.**
 
@@ -121,8 +128,8 @@ def paper_joint(
     Args:
         denoiser, energy: as ``edlm.samplers.generate`` takes them. x0: int64 [N, L] without masks.
         num_candidates: n >= 2 draws for the log Z of each xt. num_times: draws of xt a sequence, stratified over how many are masked.
-        seed: an int s (sequence i draws with s + i) or int64 [N]. batch_size: rows (sequence, draw) in one call of the denoiser; the
-            energy is called for n + 1 completed sequences of each.
+        seed: an int s (sequence i draws with s + i) or int64 [N]. batch_size: rows (sequence, draw) in one call of the denoiser.
+        energy_batch_size: completed sequences in one call of the energy; each row has n + 1.
 
     Returns:
         EnergyEstimate, standard errors over sequences.
@@ -131,11 +138,11 @@ def paper_joint(
         ValueError: wrong shapes; masks in x0; n < 2; energies that are NaN or -inf.
 
     RNG: xt of draw k as ``nelbo``; its completions Philox(seed[i]; position, j, k, TOKEN).
-    Source: Xu et al., arXiv 2410.21357, section 4; what it is not: docs/algorithms.md, section 6.
+    Source: Xu et al., arXiv 2410.21357, section 4; what it is not: docs/algorithms.md, section 10.
     """
-    check_data(x0, num_times=num_times, batch_size=batch_size)
+    check_data(x0, num_times=num_times, batch_size=batch_size, energy_batch_size=energy_batch_size)
     check_num_candidates(num_candidates)
-    _check_masks(denoiser, x0)
+    check_no_masks(denoiser, x0)
     length, table = x0.shape[1], []
     with torch.no_grad(), evaluating(denoiser, energy):
         for rows in draws_of(x0, num_times, seed, batch_size, device_of(denoiser, x0)):
@@ -144,7 +151,8 @@ def paper_joint(
             t = p[:, 0].float()  # log-linear with eps = 0: t is the mask probability
             xt = torch.where(rows.u <= p, denoiser.mask_token_id, rows.x0)
             candidates, log_p = completions(denoiser, rows.x0, xt, t, num_candidates, seeds=rows.seeds, offsets=rows.draw)
-            energies = energies_of(energy, candidates, xt, t, log_p, batch_size=max(batch_size, 64))
+            energies = energies_of(energy, candidates, xt, t, log_p, batch_size=energy_batch_size)
+            check_possible(energies[:, 1:])
             nats = (energies[:, 0] - log_p[:, 0].double().sum(1)).cpu()
             others = energies[:, 1:].cpu()
             log_Z = torch.stack([log_Z_lower(others), log_Z_upper_asymptotic(others), exact_log_Z(energy, xt)], 1)
@@ -155,10 +163,6 @@ def paper_joint(
 
 def estimate_of(table: torch.Tensor, count: int, num_candidates: int) -> EnergyEstimate:
     """From one row a draw, [N x num_times, 4 or 5]: log Z from below, from above, exact (NaN where unknown), the ESS, the sampler."""
-    if bool(table[:, :2].isnan().any()):
-        raise ValueError(
-            f"energy: expected a completion that is possible among {num_candidates} of each state, got +inf for all of one; draw more"
-        )
     lower, upper, exact, ess, *sampler = table.view(count, -1, table.shape[1]).mean(1).unbind(1)
     return EnergyEstimate(
         lower=Estimate.of(lower, "nats/token"),
@@ -170,7 +174,7 @@ def estimate_of(table: torch.Tensor, count: int, num_candidates: int) -> EnergyE
     )
 
 
-def _check_masks(denoiser: Denoiser, x0: torch.Tensor) -> None:
+def check_no_masks(denoiser: Denoiser, x0: torch.Tensor) -> None:
     mask = denoiser.mask_token_id
     if bool((x0 == mask).any()):
         raise ValueError(f"x0: expected data, got the mask ({mask}) in it; no model gives the mask a probability, so drop it")

@@ -21,7 +21,7 @@ from ..protocols import CausalLM, Tokenizer
 from ..samplers.evaluating import evaluating
 from .likelihood import device_of
 
-_NOWHERE = "\uffff"  # no character: what a tokenizer makes of it, it makes of all that it does not know
+_NOWHERE, _ELSEWHERE = "\uffff", "\ufdd0"  # no character: what a tokenizer makes of it, it makes of all that it does not know
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ class LostCharacters:
             if character not in self._suspect:
                 counts = character.isalnum() or (bool(self._nowhere) and not character.isspace())
                 self._suspect[character] = counts and self._ids(character) == self._nowhere
-            if self._suspect[character] and self._ids(text.replace(character, _NOWHERE)) == self._ids(text):
+            other = _ELSEWHERE if character == _NOWHERE else _NOWHERE
+            if self._suspect[character] and self._ids(text.replace(character, other)) == self._ids(text):
                 return character
         return None
 

@@ -33,24 +33,24 @@ def check_data(x0: torch.Tensor, **counts: int) -> None:
 
 
 def _scored(given: torch.Tensor | None, x0: torch.Tensor) -> torch.Tensor:
-    """int64 [N] on the CPU: how many positions of each sequence are scored."""
+    """int64 [N] on x0's device: how many positions of each sequence are scored."""
     if given is None:
-        return torch.full((len(x0),), x0.shape[1])
+        return torch.full((len(x0),), x0.shape[1], device=x0.device)
     if not isinstance(given, torch.Tensor) or given.dtype != torch.bool or given.shape != x0.shape:
         got = f"{given.dtype} {list(given.shape)}" if isinstance(given, torch.Tensor) else type(given).__name__
         raise ValueError(f"given: expected bool [N, L] = {list(x0.shape)}, True where a position is not scored, got {got}")
-    count = (~given).sum(1).cpu()
+    count = (~given).sum(1)
     if not bool((count > 0).all()):
         raise ValueError(
             f"given: expected a position to score in every sequence, got none in {int((count == 0).sum())} of {len(x0)}; leave them out"
         )
-    return count
+    return count.to(x0.device)
 
 
 def ordered_masks(u: torch.Tensor, count: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """n = floor(v count) + 1 float64 [R], and the n-th smallest u of each row, float64 [R, 1]: where u <= that, n are masked.
 
-    u: float64 [R, L], above 1 where a position is never masked; count: int64 [R], how many are not; v: float64 [R] in [0, 1).
+    u: float64 [R, L], above 1 where a position is never masked; count: int64 [R], how many are not; v: float64 [R] in [0, 1].
     """
     rank = torch.minimum((v * count).long(), count - 1)
     return rank + 1.0, u.sort(1).values.gather(1, rank[:, None])
@@ -124,6 +124,7 @@ def nelbo(
     """
     check_data(x0, num_times=num_times, batch_size=batch_size, **({} if steps is None else {"steps": steps}))
     scored = _scored(given, x0)
+    given = None if given is None else given.to(x0.device)
     diffusion = MaskedDiffusion(LogLinearSchedule(eps=0.0) if schedule is None else schedule, denoiser.mask_token_id)
     values = torch.empty(len(x0) * num_times, dtype=torch.float64)
     with torch.no_grad(), evaluating(denoiser):
@@ -136,7 +137,9 @@ def nelbo(
             else:
                 nats = _stepwise(denoiser, rows.x0, diffusion, u, rows.v, steps)
             values[rows.place] = nats.cpu()
-    return Estimate.of(values.view(len(x0), num_times).mean(1) / scored, "nats/token")
+    if bool(values.isnan().any()):
+        raise ValueError("denoiser: expected log-probabilities, got NaN; its weights or its dtype are to blame")
+    return Estimate.of(values.view(len(x0), num_times).mean(1) / scored.cpu(), "nats/token")
 
 
 class Draws(NamedTuple):
@@ -148,7 +151,7 @@ class Draws(NamedTuple):
     seeds: torch.Tensor  # int64 [R]
     draw: torch.Tensor  # int64 [R]: the number of the draw within its sequence
     u: torch.Tensor  # float64 [R, L]: the mask probability from which on each position is masked
-    v: torch.Tensor  # float64 [R] in [0, 1): of the draws of a sequence, one in each of num_times equal parts
+    v: torch.Tensor  # float64 [R] in [0, 1]: of the draws of a sequence, one in each of num_times equal parts
 
 
 def draws_of(
@@ -185,12 +188,12 @@ def ar_nll(causal_lm: CausalLM, x0: torch.Tensor, *, given: torch.Tensor | None 
         ValueError: wrong shapes, of the model's answer as well; a sequence of which nothing is scored; a NaN log-probability.
     """
     check_data(x0, batch_size=batch_size)
-    scored, values = _scored(given, x0), []
+    scored, values = _scored(given, x0).cpu(), []
     with torch.no_grad(), evaluating(causal_lm):
         for index in torch.arange(len(x0), device=x0.device).split(batch_size):
             log_probs = scores_of(causal_lm, x0[index].to(device_of(causal_lm, x0))).double()
             if given is not None:
-                log_probs = log_probs.masked_fill(given[index].to(log_probs.device), 0.0)
+                log_probs = log_probs.masked_fill(given[index.to(given.device)].to(log_probs.device), 0.0)
             values.append(-log_probs.sum(1).cpu())
     return Estimate.of(torch.cat(values) / scored, "nats/token")
 

@@ -135,7 +135,7 @@ class HarnessLM(LM):
         windows, owners = [], []
         for i, request in enumerate(requests):
             ids = self._encode(request.args[0])
-            size = self.max_length or len(ids)
+            size = self.max_length or max(1, len(ids))
             for start in range(0, len(ids), size):
                 window = ids[start : start + size]
                 windows.append(_Text(window, 0, self._seed(window)))

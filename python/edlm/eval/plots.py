@@ -209,7 +209,7 @@ def _bounds(documents: Sequence[Document], styles: dict[str, Style]) -> list[_Pa
             panels.append(
                 _Panel(
                     f"{text}: joint NLL, T = 1",
-                    "draws n behind log Z",
+                    "draws n behind log Z (no error is known below an ESS of 5)",
                     _BITS,
                     keys,
                     partial(_brackets, drawn=drawn, styles=styles),

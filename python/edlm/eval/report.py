@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from textwrap import wrap
 from typing import Any
 
-from .documents import UNITS, Document, decodings, judges, likelihoods, real_texts, seconds_of_a_text
-from .equal_quality import ENTROPY_TOLERANCE, Match, Point, speed_at_equal_quality
+from .documents import UNITS, Document, decodings, is_distrusted, judge_identity, judges, likelihoods, machine_of, real_texts
+from .equal_quality import ENTROPY_TOLERANCE, Rows, points_of, speed_at_equal_quality, summary, timed_and_scored, why_not_compared
 
-FEW = 2.0  # an ESS of n draws below which log Z is the affair of one or two of them
+_DISTRUSTED = "not to be trusted"
 _NONE = "-"
 _PAPER_JOINT = (
     "paper_joint is no bound of anything: it weights the joint -log p(x0 | xt) by 1/t, while the ELBO in continuous time has the "
     "marginals of p(x0 | xt) alone. For carried-over AR energies it equals the AR NLL, of whatever model and data; for a perfect joint "
     "it lies below the entropy of the data. It is here to be compared with printed figures."
 )
-_FEW_DRAWS = (
-    f"The ESS of n is below {FEW:g}: log Z rests on one or two draws, and the bracket between its lower and its upper estimate says "
-    "little."
-)
+_FEW_DRAWS = "log Z rests on one or two draws: the figure may be off by tens of nats, on either side."
+_EXACT_JOINT = "With an autoregressive energy this is the likelihood of that model itself, and says nothing of decoding."
 _DIRECTIONS = {
     "exact": "the negative log-likelihood itself; its error is that of the choice of texts.",
     "upper bound": "at or above the negative log-likelihood, in expectation.",
@@ -29,16 +28,16 @@ _DIRECTIONS = {
     "no bound": "not known to be above or below the negative log-likelihood.",
 }
 _MEASURES = {
-    "nelbo": "negative ELBO of the denoiser alone, in continuous time or of T steps.",
+    "nelbo": "negative ELBO of the proposal alone, whatever the energy; in continuous time or of T steps.",
     "ar_nll": "negative log-likelihood of an autoregressive model.",
     "joint_nll": "negative log-likelihood of texts that are drawn in one step, T = 1.",
     "finite_step_elbo": "negative ELBO of T steps of the ideal energy model, not of a sampler with finitely many candidates.",
-    "sampler_elbo": "negative ELBO of decoding in T steps as it is done, picking one of n candidates in each; no log Z is needed.",
+    "sampler_elbo": "negative ELBO of the sampler that picks one of n candidates in each of T steps (window 0 1); no log Z is needed.",
     "paper_joint": "the published perplexity formula.",
 }
 _LOG_Z = {None: _NONE, "exact": "exact", "lower": "lower", "upper_asymptotic": "upper, asymptotic"}
 _CAPTIONS = {
-    "bounds_vs_n.png": "Bounds against the draws of log Z",
+    "bounds_vs_n.png": "Bounds against the draws of log Z, whose error is not known below an ESS of 5",
     "quality_vs_steps.png": "Quality against decoding steps",
     "quality_vs_seconds.png": "Quality against seconds",
     "quality_vs_entropy.png": "Quality against diversity",
@@ -140,27 +139,65 @@ def _number(value: float | None, digits: int | None = None) -> str:
 # --- sections ---------------------------------------------------------------------------------------------------------------------
 
 
-def _machine(document: Document) -> str:
-    return ", ".join(f"{key} {value}" for key, value in document.machine.items()) or _NONE
-
-
 def _sources(documents: Sequence[Document]) -> list[str]:
     rows = [
         {
             "file": _plain(document.path),
             "kind": document.kind,
             "model": _plain(document.label),
-            "machine": _plain(_machine(document)),
+            "machine": _plain(machine_of(document)),
             "seconds": _number(document.seconds),
         }
         for document in documents
     ]
     lines = ["Made by `edlm report`. ± is one standard error.", "", "## What was read", "", *_table(rows)]
-    for document in documents:
-        settings = ", ".join(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in document.settings.items())
-        lines.append(f"- {_plain(document.path)}: {_plain(settings) or 'no settings'}")
-        lines += [f"  - warning: {_plain(warning)}" for warning in document.warnings]
+    for kind in dict.fromkeys(document.kind for document in documents):
+        of_kind = [document for document in documents if document.kind == kind]
+        shared = {
+            key: value
+            for key, value in of_kind[0].settings.items()
+            if len(of_kind) > 1 and all(key in other.settings and other.settings[key] == value for other in of_kind)
+        }
+        if shared:
+            lines += _settings(f"every document of kind {kind}", shared)
+        for document in of_kind:
+            own = {key: value for key, value in document.settings.items() if key not in shared}
+            lines += _settings(document.path, own) if own or document.warnings or not shared else []
+            lines += [f"  - warning: {_plain(warning)}" for warning in document.warnings]
     return [*lines, ""]
+
+
+def _settings(whose: str, settings: Mapping[str, Any]) -> list[str]:
+    said = "; ".join(f"{key} {_words(value)}" for key, value in settings.items())
+    said = re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", said)  # so much of a SHA-256 tells files apart
+    bullet = f"- {_plain(whose)}: {_plain(said) or 'no other settings'}"
+    return wrap(bullet, 130, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} ({_words(of)})" for key, of in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(_words, value)) or "none"
+    return {None: "none", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def _unlike(what: str, found: Iterable[tuple[str, str | None, str]]) -> list[str]:
+    """Of (name, identity, path): a line for each name that means several things. An identity of None is not known."""
+    named: dict[str, dict[str, list[str]]] = {}
+    for name, identity, path in found:
+        if identity is not None:
+            paths = named.setdefault(name, {}).setdefault(identity, [])
+            paths += [path] if path not in paths else []
+    said = {name: " and in ".join(map(", ".join, of.values())) for name, of in named.items() if len(of) > 1}
+    return [line for name, paths in said.items() for line in (_plain(f"{what} {name} is not the same in {paths}."), "")]
+
+
+def _unlike_texts(documents: Sequence[Document], *kinds: str) -> list[str]:
+    of_kinds = [
+        document for document in documents if document.kind in kinds and isinstance(document.settings.get("--text"), dict)
+    ]
+    return _unlike("The text", ((name, str(is_), one.path) for one in of_kinds for name, is_ in one.settings["--text"].items()))
 
 
 def _likelihood(documents: Sequence[Document], unit: str, pictures: Sequence[str]) -> list[str]:
@@ -172,22 +209,22 @@ def _likelihood(documents: Sequence[Document], unit: str, pictures: Sequence[str
     effective = "ESS of n, of each text" if len(texts) > 1 else "ESS of n"
     groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for label, row in found:
-        key = label, *(row[name] for name in ("measure", "steps", "num_candidates", "log_Z", "direction"))
+        is_ = _DISTRUSTED if is_distrusted(row) else row["direction"]
+        key = label, *(row[name] for name in ("measure", "steps", "num_candidates", "log_Z")), is_
         groups.setdefault(key, {})[row["text"]] = row
     notes, rows = _Notes(), []
-    for (label, measure, steps, n, log_z, direction), of_text in groups.items():
+    for (label, measure, steps, n, log_z, is_), of_text in groups.items():
         ess = [of_text[text]["ess"] if text in of_text else None for text in texts]
-        few = any(e is not None and e["mean"] is not None and e["mean"] < FEW for e in ess)
         name = measure + (notes.mark(_PAPER_JOINT) if measure == "paper_joint" else "")
+        name += notes.mark(_EXACT_JOINT) if measure == "joint_nll" and log_z == "exact" else ""
         time = "continuous" if measure in ("nelbo", "paper_joint") and steps is None else _NONE
         row = {"model": _plain(label), "measure": name, "T": time if steps is None else str(steps)}
-        row |= {"log Z": _LOG_Z[log_z], "n": _number(n, 0), "is": direction}
+        row |= {"log Z": _LOG_Z[log_z], "n": _number(n, 0), "is": is_ + (notes.mark(_FEW_DRAWS) if is_ == _DISTRUSTED else "")}
         row |= {
             _plain(text): _estimate(of_text[text][unit] if text in of_text else None, digits, null="not finite") for text in texts
         }
         known = any(e is not None for e in ess)
         row[effective] = " / ".join(_estimate(e, 1) for e in ess) if known else _NONE
-        row[effective] += notes.mark(_FEW_DRAWS) if few else ""
         rows.append(row)
     lines = [
         "## Likelihood",
@@ -197,11 +234,11 @@ def _likelihood(documents: Sequence[Document], unit: str, pictures: Sequence[str
         *_table(rows),
         *notes.lines(),
     ]
-    lines += _other_windows(found, texts)
+    lines += [*_unlike_texts(documents, "likelihood"), *_other_windows(found, texts)]
     if unit != "bits_per_character":
         lines += ["What is counted per token compares only models of one tokenizer.", ""]
-    for words, key in ((_MEASURES, "measure"), (_DIRECTIONS, "direction")):
-        there = {row[key] for _, row in found}
+    for words, at in ((_MEASURES, 1), (_DIRECTIONS, -1)):
+        there = {key[at] for key in groups}
         lines += [*(f"- {name}: {meaning}" for name, meaning in words.items() if name in there), ""]
     return lines + _pictures(pictures, "bounds_vs_n.png")
 
@@ -239,9 +276,9 @@ def _texts(documents: Sequence[Document], pictures: Sequence[str]) -> list[str]:
             mark = notes.mark(f"{_plain(judge)} could not score {skipped} of the {row['num_texts']} texts.") if skipped else ""
             cells[f"{_plain(judge)}, bits per character"] = _estimate(score and score["bits_per_character"], 3) + mark
             # A score of fewer words looks better than it is.
-            words = f"{_plain(judge)} leaves out words that it does not know, in percent; what is left looks better for it."
+            words = f"{_plain(judge)} leaves out words that it does not know; what is left looks better for it."
             lost = score.get("left_out") if score else None
-            cells[f"{_plain(judge)}, left out"] = f"{100 * lost:.1f}" + notes.mark(words) if lost else _NONE
+            cells[f"{_plain(judge)}, left out"] = f"{100 * lost:.1f} %" + notes.mark(words) if lost else _NONE
             cells[f"{_plain(judge)}, perplexity"] = _estimate(score and score["perplexity"], 2)
         cells["entropy, bits"] = _estimate(row["entropy"], 3)
         cells |= {f"distinct-{n}": _number(row["distinct"].get(n), 3) for n in grams["distinct"]}
@@ -249,6 +286,13 @@ def _texts(documents: Sequence[Document], pictures: Sequence[str]) -> list[str]:
         cells |= {"self-BLEU": _estimate(row["self_bleu"], 3), "MAUVE": _number(row["mauve"], 3)}
         cells |= {"NFE": _number(row["nfe"], 0), "energy NFE": _number(row["energy_nfe"], 0), "seconds": _number(row["seconds"])}
         table.append(cells)
+    judged = (
+        (judge, judge_identity(document, row, judge), document.path)
+        for document in documents
+        if document.kind != "likelihood"
+        for row in document.rows
+        for judge in row["judges"]
+    )
     return [
         "## Texts",
         "",
@@ -259,6 +303,8 @@ def _texts(documents: Sequence[Document], pictures: Sequence[str]) -> list[str]:
         "",
         *_table(table),
         *notes.lines(),
+        *_unlike_texts(documents, "decoding", "samples"),
+        *_unlike("The judge", judged),
         *_pictures(pictures, "quality_vs_steps.png", "quality_vs_seconds.png", "quality_vs_entropy.png", "ess_vs_t.png"),
     ]
 
@@ -303,65 +349,43 @@ def _speed(documents: Sequence[Document], baseline: str | None, tolerance: float
         "",
     ]
     for judge in judges(documents):
-        lines += [f"### {_plain(judge)}", ""]
-        for label in models:
-            if label != baseline:
-                lines += _compared(label, models[label], baseline, models[baseline], judge, tolerance)
+        lines += [f"### {_plain(judge)}", "", *_compared(models, baseline, judge, tolerance)]
     return lines
 
 
-def _compared(
-    label: str,
-    rows: Sequence[tuple[Document, dict[str, Any]]],
-    baseline: str,
-    baseline_rows: Sequence[tuple[Document, dict[str, Any]]],
-    judge: str,
-    tolerance: float,
-) -> list[str]:
-    points, others = _curve(rows, judge), _curve(baseline_rows, judge)
-    names = f"{_plain(label)} against {_plain(baseline)}"
-    if not points or not others:
-        return [f"{names}: not compared, as {_plain(baseline if points else label)} has no seconds or no score.", ""]
-    both = [*rows, *baseline_rows]
-    lengths = sorted({row["length"] for _, row in both})
-    if len(lengths) > 1:
-        return [f"{names}: not compared, as texts have {' and '.join(map(str, lengths))} tokens.", ""]
-    machines = list(dict.fromkeys(_machine(document) for document, _ in both))
-    if len(machines) > 1:
-        return [f"{names}: not compared, as seconds are of several machines ({_plain('; '.join(machines))}).", ""]
-    matches = speed_at_equal_quality(points, others, entropy_tolerance=tolerance)
-    table = [
-        {
-            "steps": _number(m.point.steps, 0),
-            "bits per character": _estimate({"mean": m.point.score, "stderr": m.point.stderr}, 3),
-            "seconds a text": _number(m.point.seconds),
-            "baseline's seconds": _number(m.seconds),
-            "entropy": _number(m.point.entropy, 3),
-            "baseline's entropy": _number(m.entropy, 3),
-            "ratio": f"{m.ratio:.2f} ({_number(m.low, 2)} to {_number(m.high, 2)})" if m.ratio is not None else m.why,
-        }
-        for m in matches
+def _compared(models: Mapping[str, Rows], baseline: str, judge: str, tolerance: float) -> list[str]:
+    """Of one judge: a line a model, then every model's points in one table."""
+    summaries: list[str] = []
+    refused: dict[str, list[str]] = {}
+    table: list[dict[str, str]] = []
+    others = timed_and_scored(models[baseline], judge)
+    for label, rows in models.items():
+        if label == baseline:
+            continue
+        points = timed_and_scored(rows, judge)
+        if not points or not others:
+            why = f"{label if others else baseline} has no seconds or no score"
+        else:
+            why = why_not_compared([*others, *points], judge)
+        if why:
+            refused.setdefault(why, []).append(label)
+            continue
+        matches = speed_at_equal_quality(points_of(points, judge), points_of(others, judge), entropy_tolerance=tolerance)
+        summaries.append(f"- {_plain(label)} against {_plain(baseline)}: {summary(matches)}.")
+        table += [
+            {
+                "model": _plain(label),
+                "steps": _number(m.point.steps, 0),
+                "bits per character": _estimate({"mean": m.point.score, "stderr": m.point.stderr}, 3),
+                "seconds a text": _number(m.point.seconds),
+                "baseline's seconds": _number(m.seconds),
+                "entropy": _number(m.point.entropy, 3),
+                "baseline's entropy": _number(m.entropy, 3),
+                "ratio": f"{m.ratio:.2f} ({_number(m.low, 2)} to {_number(m.high, 2)})" if m.ratio is not None else m.why,
+            }
+            for m in matches
+        ]
+    summaries += [
+        f"- {_plain('; '.join(of))} against {_plain(baseline)}: not compared, as {_plain(why)}." for why, of in refused.items()
     ]
-    return [f"{names}: {_summary(matches)}.", "", *_table(table)]
-
-
-def _curve(rows: Sequence[tuple[Document, dict[str, Any]]], judge: str) -> list[Point]:
-    points = []
-    for _, row in rows:
-        score = row["judges"].get(judge, {}).get("bits_per_character", {"mean": None})
-        seconds = seconds_of_a_text(row)
-        if score["mean"] is not None and seconds is not None:
-            points.append(Point(row["steps"], seconds, score["mean"], score["stderr"], row["entropy"]["mean"]))
-    return points
-
-
-def _summary(matches: Sequence[Match]) -> str:
-    ratios = [m.ratio for m in matches if m.ratio is not None]
-    known = [m for m in matches if m.slower or m.ratio is not None]
-    slower = "slower at every score that can be compared" if known and all(m.slower for m in known) else ""
-    if not ratios:
-        whys = "; ".join(f"{why} ({sum(m.why == why for m in matches)})" for why in dict.fromkeys(m.why for m in matches))
-        return f"{slower}, no ratio" if slower else f"no ratio: {whys}"
-    span = " to ".join(dict.fromkeys((f"{min(ratios):.2f}", f"{max(ratios):.2f}")))
-    said = f"ratio {span} at {len(ratios)} of {len(matches)} points"
-    return f"{slower}, {said}" if slower else said
+    return [*summaries, "", *(_table(table) if table else ())]

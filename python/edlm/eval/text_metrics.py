@@ -32,7 +32,7 @@ def unigram_entropy(tokens: torch.Tensor | Sequence[torch.Tensor]) -> Estimate:
     values = []
     for sequence in _texts(tokens):
         f = sequence.unique(return_counts=True)[1].double() / sequence.numel()
-        values.append(-(f * f.log2()).sum())
+        values.append(0.0 - (f * f.log2()).sum())
     return Estimate.of(torch.stack(values), "bits")
 
 

@@ -228,7 +228,7 @@ class TransformersJudge:
         if len(ids) == 0:
             return "nothing that the tokenizer keeps"
         # A character of several tokens is its last one's; white space that offsets leave out is the token's behind it.
-        borders = torch.cat([torch.zeros(1), torch.minimum(begin[1:], end[:-1]), torch.tensor([len(text)])]).long()
+        borders = torch.cat([begin.new_zeros(1), torch.minimum(begin[1:], end[:-1]), torch.tensor([len(text)])])
         return Encoded(ids, borders.diff())
 
 

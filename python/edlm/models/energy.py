@@ -185,11 +185,13 @@ class ARResidualEnergy:
         masked = xt == self.mask_token_id
         prefix = masked.long().cumsum(1) == 0
         known = (prefix | masked).all(1)
-        result = torch.full((len(xt),), torch.nan, device=xt.device)
-        if bool(known.any()):
-            self._check_mode()
-            terms = self.causal_lm.log_probs(xt[known].masked_fill(masked[known], 0)).double()
-            result[known] = terms.masked_fill(~prefix[known], 0.0).sum(1).float()
+        result = torch.full((len(xt),), torch.nan, device=xt.device).masked_fill(known, 0.0)
+        chunk = max(1, self.max_bytes // max(1, self.bytes_per_token * xt.shape[1]))
+        self._check_mode()
+        for rows in (known & prefix.any(1)).nonzero()[:, 0].split(chunk):
+            if len(rows):
+                terms = self.causal_lm.log_probs(xt[rows].masked_fill(masked[rows], 0)).double()
+                result[rows] = terms.masked_fill(~prefix[rows], 0.0).sum(1).float()
         return result
 
     @torch.no_grad()
