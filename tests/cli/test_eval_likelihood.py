@@ -67,7 +67,8 @@ def denoiser(folder):
 def assert_is(row, estimate, *, unit="nats_per_token"):
     """Chunks of 4 against batches of 64: last bits differ."""
     assert row[unit]["mean"] == pytest.approx(estimate.mean, rel=1e-6)
-    assert row[unit]["stderr"] == pytest.approx(estimate.stderr, rel=1e-6)
+    known = math.isfinite(estimate.stderr)  # of log Z nothing is said below an ESS of 5
+    assert row[unit]["stderr"] == (pytest.approx(estimate.stderr, rel=1e-6) if known else None)
     assert row["sequences"] == 10 and row["length"] == 16 and row["sequences_per_second"] > 0
 
 
@@ -111,7 +112,7 @@ def test_what_is_printed(edlm, document):
     )
     for row in plain["rows"]:
         bits = row["bits_per_character"]
-        shown = f"{bits['mean']:.4f} +- {bits['stderr']:.4f}"
+        shown = f"{bits['mean']:.4f}" + ("" if bits["stderr"] is None else f" +- {bits['stderr']:.4f}")
         assert any(shown in line and row["direction"] in line for line in out.splitlines())
     entropy = plain["texts"]["text.txt"]["entropy"]
     assert f"unigram entropy of the text, bits: {entropy['mean']:.4f} +- {entropy['stderr']:.4f}" in out
