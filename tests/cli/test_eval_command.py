@@ -90,7 +90,7 @@ def test_the_document(folder, edlm):
     for one, other in zip(printed["rows"], plain["rows"], strict=True):
         assert one | {"sequences_per_second": 0} == other | {"sequences_per_second": 0}
     table = edlm(*ARGUMENTS)[1]
-    assert table.startswith("dit + ar: 11 windows of text.txt, 11 windows of second.txt of 12 tokens")
+    assert table.startswith("dit + ar: 11 of 695 windows of text.txt, 11 of 105 windows of second.txt of 12 tokens")
     assert not list(folder.glob("*.part")) and not list(folder.glob("*.settings.json"))
 
 
@@ -125,7 +125,7 @@ def test_a_file_that_is_there_is_not_overwritten(folder, edlm):
 
 CHANGED = {
     "seed": (("--seed", 1), "--seed: 0 there, 1 here"),
-    "steps": (("--steps", 8), "--measures: ['NELBO', 'NELBO, T = 4', "),
+    "steps": (("--steps", 8), "--measures: ['NELBO of the proposal', 'NELBO of the proposal, T = 4', "),
     "n": (("--num-candidates", 4), "--measures: ["),
     "num_times": (("--num-times", 2), "--num-times: 1 there, 2 here"),
     "windows": (("--windows", 10), "--windows: 11 there, 10 here"),
@@ -200,6 +200,27 @@ WRONG_MODE = {
     ("texts.jsonl", "--energy", "ar"): "--energy: it is for the likelihood of texts or --decode, got it with files of texts",
     ("texts.jsonl", "--length", 4): "--length: it is for the likelihood of texts or --decode, got it with files of texts",
     ("texts.jsonl", "--split", "valid"): "--split: it is for",
+    (
+        "dit",
+        "--text",
+        "text.txt",
+        "second.txt",
+        "--split",
+        "valid",
+    ): "--split: files are read whole, got text.txt second.txt alone",
+    (
+        "dit",
+        "--decode",
+        4,
+        "--judge",
+        "x",
+        "--text",
+        "text.txt",
+        "--split",
+        "test",
+    ): "--split: files are read whole, got text.txt",
+    ("texts.jsonl", "text.txt", "--judge", "x", "--label", "mine"): "--label: several files are called by their names, got 2",
+    ("dit", "--unit", "bits/token", "--json"): "--unit: it is of the table, got --json without FILE",
     ("texts.jsonl", "dit"): "expected a model's folder or files of texts, got both: dit and texts.jsonl",
     ("dit", "missing.jsonl"): "expected a model's folder or files of texts, got both: dit and missing.jsonl",
     ("missing.jsonl",): "missing.jsonl: expected a file of texts, got no such file",
@@ -311,7 +332,7 @@ def test_two_processes_complete_what_one_began_and_write_the_same(folder, monkey
             main([*ARGUMENTS, "--json", "both.json"])
     done = torchrun(folder, *ARGUMENTS, "--json", "both.json", "--resume")
     assert done.returncode == 0 and done.stdout.endswith("written: both.json\n"), done.stderr
-    assert done.stdout.count("dit + ar: 11 windows") == 1  # by the first process
+    assert done.stdout.count("dit + ar: 11 of 695 windows") == 1  # by the first process
     assert json.loads((folder / "both.json").read_text())["machine"]["processes"] == 2
     assert_complete(folder, "both.json")
 
@@ -324,6 +345,28 @@ def test_two_processes_need_a_file(edlm, monkeypatch):
             code, out, err = edlm("eval", "ar", *more)
             assert (code, out) == (2, "")
             assert err.count("--json: expected a file where 2 processes share the work, got none") == (rank == 0)
+
+
+def test_the_other_processes_fail_where_the_first_refuses(edlm, monkeypatch):
+    class Refused(World):
+        def first(self, call):
+            raise ValueError("--json: what the first process says")
+
+    for rank, said in ((0, "edlm: error: --json: what the first process says\n"), (1, "")):
+        world = Refused(rank, 2, torch.device("cpu"))
+        monkeypatch.setattr("edlm.train.distributed.joined", lambda device, world=world: contextlib.nullcontext(world))
+        assert edlm(*ARGUMENTS, "--json", "refused.json") == (2, "", said)
+
+
+def test_seconds_of_two_processes_are_told_from_those_of_one(folder, edlm):
+    arguments = ["eval", "dit", "--decode", "2", "3", *("--num-texts", "2", "--length", "12", "--text", "text.txt")]
+    arguments += ["--judge", "ngram:second.txt", "--device", "cpu", "--threads", "1", "--json", "shared.json"]
+    done = torchrun(folder, *arguments)
+    assert done.returncode == 0 and "note: seconds: rows were timed while other processes computed" in done.stdout, done.stderr
+    settings = json.loads((folder / "shared.json").read_text())["settings"]
+    assert (settings["--label"], settings["--device"], settings["processes"]) == ("dit", "cpu", 2)
+    assert "(processes: 2 there, 1 here)" in edlm(*arguments, "--resume")[2]
+    assert "(--label: dit there, mine here; " in edlm(*arguments, "--resume", "--label", "mine")[2]
 
 
 def test_sigkill_leaves_what_is_done(folder, edlm):
@@ -346,6 +389,17 @@ def parts_so_far(folder):
     """Indices of whole lines; the last one may be half-written at any moment."""
     lines = (folder / "killed.json.part" / "0-of-1.jsonl").read_bytes().split(b"\n")
     return [json.loads(line)["index"] for line in lines[:-1]]
+
+
+def test_help_says_what_is_for_decoding(capsys):
+    with pytest.raises(SystemExit):
+        main(["eval", "--help"])
+    out = capsys.readouterr().out
+    assert "in which order (denoisers), with --decode:" in out and "the proposal, with --decode:" in out
+    assert "the energy (denoisers), with --decode, but for --energy, --carry-over, --num-candidates:" in out
+    with pytest.raises(SystemExit):
+        main(["sample", "--help"])
+    assert "--decode" not in capsys.readouterr().out
 
 
 def test_help_does_not_wait_for_torch():

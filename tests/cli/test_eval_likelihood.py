@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -10,8 +11,9 @@ import pytest
 import torch
 from edlm import eval as measures
 from edlm.checkpoint import save
+from edlm.cli.eval_document import show
 from edlm.data import CharTokenizer, bundled_text, open_text, windows
-from edlm.eval.documents import read_documents
+from edlm.eval.documents import is_distrusted, read_documents
 from edlm.models import ARResidualEnergy, CausalLM, CausalLMConfig, DiT
 from tiny_run import write_text
 from untrained import save_models
@@ -108,12 +110,13 @@ def test_what_is_printed(edlm, document):
     plain = document("dit", *COMMON, *ENERGY, "--num-candidates", 4)
     code, out, _ = edlm("eval", "dit", *COMMON, *ENERGY, "--num-candidates", 4)
     assert code == 0 and out.startswith(
-        "dit + ar: 10 windows of 16 tokens; bits/character, +- is one standard error over windows\n"
+        "dit + ar: 10 of 521 windows of 16 tokens; bits/character, +- is one standard error over windows\n"
     )
     for row in plain["rows"]:
         bits = row["bits_per_character"]
         shown = f"{bits['mean']:.4f}" + ("" if bits["stderr"] is None else f" +- {bits['stderr']:.4f}")
-        assert any(shown in line and row["direction"] in line for line in out.splitlines())
+        direction = "not to be trusted" if is_distrusted(row) else row["direction"]
+        assert any(shown in line and direction in line for line in out.splitlines())
     entropy = plain["texts"]["text.txt"]["entropy"]
     assert f"unigram entropy of the text, bits: {entropy['mean']:.4f} +- {entropy['stderr']:.4f}" in out
     assert out.count("note: ") == len(plain["warnings"]) > 0
@@ -125,7 +128,7 @@ def test_what_is_printed(edlm, document):
 def test_a_table_of_texts(edlm):
     out = edlm("eval", "ar", *COMMON[2:], "--text", "text.txt", "second.txt", "--label", "a model")[1]
     head, columns, _, row, entropy = out.splitlines()
-    assert head.startswith("a model: 10 windows of text.txt, 10 windows of second.txt of 16 tokens")
+    assert head.startswith("a model: 10 of 521 windows of text.txt, 10 of 78 windows of second.txt of 16 tokens")
     assert columns.split() == ["direction", "text.txt", "second.txt", "sequences/s"]
     assert row.startswith("AR NLL  exact  ") and row.count(" +- ") == 2 and entropy.count(" +- ") == 2
 
@@ -251,7 +254,56 @@ def test_the_bound_against_n(document, folder):
     for row in rows[1:]:
         found = measures.joint_nll(denoiser(folder), energy_of(folder), x0_of(folder), num_candidates=row["num_candidates"])
         assert_is(row, getattr(found, row["log_Z"]))
-    assert f"an ESS of {rows[1]['ess']['mean']:.2f}: log Z rests on one or two of its draws" in plain["warnings"][0]
+    assert (
+        plain["warnings"][0].startswith("!: log Z rests on one or two draws there: ")
+        and "joint NLL, T = 1, n = 2" in plain["warnings"][0]
+    )
+    assert [row["low_ess"] for row in rows] == [None, *(float(row["ess"]["mean"] < 2) for row in rows[1:])]
+
+
+def test_a_share_of_states_of_low_ess_is_enough_to_distrust(edlm, document, monkeypatch):
+    """The mean may hide it: 8 sequences of an ESS of 4, and 2 of 1."""
+    found, ess = measures.paper_joint, torch.tensor([4.0] * 8 + [1.0] * 2, dtype=torch.float64)
+    at = iter([*range(0, 10, 4)] * 2)
+
+    def rigged(*arguments, **more):
+        begin, real = next(at), found(*arguments, **more)
+        here = measures.Estimate.of(ess[begin : begin + real.ess.count], "of n")
+        return dataclasses.replace(real, ess=here)
+
+    monkeypatch.setattr(measures, "paper_joint", rigged)
+    arguments = ("dit", *COMMON, *ENERGY, "--measures", "paper_joint", "nelbo", "--num-candidates", 4)
+    plain = document(*arguments)
+    drawn = [row for row in plain["rows"] if row["log_Z"] in ("lower", "upper_asymptotic")]
+    assert [(row["ess"]["mean"], row["low_ess"], row["direction"]) for row in drawn] == [(3.4, 0.2, "no bound")] * 2
+    assert [row["low_ess"] for row in plain["rows"] if row["measure"] == "nelbo"] == [None]
+    said = "!: log Z rests on one or two draws there: the figure may be off by tens of nats, on either side: paper_joint, n = 4"
+    assert plain["warnings"][0] == said
+    lines = [line for line in edlm("eval", *arguments)[1].splitlines() if line.startswith("paper_joint, n")]
+    assert len(lines) == 2 and all("not to be trusted" in line and "3.4 of 4 !" in line for line in lines)
+
+
+def test_a_figure_that_one_text_lacks_is_a_dash(document):
+    plain = document("dit", *COMMON[2:], "--text", "text.txt", "second.txt", *ENERGY, "--measures", "joint_nll")
+    plain["rows"] = [row for row in plain["rows"] if (row["text"], row["log_Z"]) != ("second.txt", "exact")]
+    line = next(line for line in show(plain, "nats/token").splitlines() if "  exact  " in line)
+    assert line.startswith("joint NLL, T = 1  ") and line.split()[-3:-1] == ["-", "-"] and line.count("+-") == 1
+
+
+def test_an_exact_figure_is_said_to_be_the_autoregressive_models(document):
+    said = "joint NLL, exact: with an autoregressive energy this is the likelihood of that model itself, and says nothing of decoding"
+    assert said in document("dit", *COMMON, *ENERGY, "--measures", "joint_nll")["warnings"]
+    assert not any("exact: " in note for note in document("dit", *COMMON, *ENERGY, "--measures", "finite_step_elbo")["warnings"])
+
+
+@pytest.mark.parametrize("blocks", ["plain", "bos_eos"])
+def test_how_many_windows_there_are(document, folder, blocks):
+    (folder / "many.txt").write_text(bundled_text()[:3000])
+    few, every = (
+        document("bpe_ar", "--text", "many.txt", "--length", 16, "--blocks", blocks, "--windows", n)["texts"]["many.txt"]
+        for n in (3, 10_000)
+    )
+    assert few["sequences"] == 3 and few["windows_available"] == every["windows_available"] == every["sequences"] > 3
 
 
 def test_carry_over(document, folder):
@@ -310,6 +362,14 @@ MISTAKES = {
     "steps of no measure": (
         ("dit", *COMMON, *ENERGY, "--measures", "joint_nll", "--steps", 4),
         "--steps: it is for nelbo, finite_step_elbo, got --measures joint_nll",
+    ),
+    "an energy that no measure uses": (
+        ("dit", *COMMON, *ENERGY, "--measures", "nelbo"),
+        "--energy: it is for joint_nll, finite_step_elbo, paper_joint, got --measures nelbo; leave it out",
+    ),
+    "draws of t of no measure": (
+        ("dit", *COMMON, *ENERGY, "--measures", "joint_nll", "--num-times", 2),
+        "--num-times: it is for nelbo, finite_step_elbo, paper_joint, got --measures joint_nll; leave it out",
     ),
     "0 steps": (("dit", *COMMON, "--steps", 0), "--steps: expected an int >= 1, got 0"),
     "0 windows": (("dit", "--windows", 0), "--length, --windows: expected numbers >= 1, got 128, 0"),

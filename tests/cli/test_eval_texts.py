@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 from edlm.cli import main
-from edlm.cli.eval_texts import Texts, ess_by_time
+from edlm.cli.eval_document import ess_by_time
+from edlm.cli.eval_texts import Texts, _visible
 from edlm.cli.judges import open_judge
 from edlm.cli.record_file import Part
 from edlm.data import BPETokenizer, CharTokenizer, bundled_text, tokenizer_from, windows
@@ -19,6 +20,7 @@ from edlm.samplers import SampleOutput
 from tiny_run import write_text
 from untrained import save_models
 
+CPU = torch.device("cpu")
 JUDGE = ("--judge", "ngram:judge.txt", "--judge", "ngram:judge.txt:2")
 DECODE = ("--num-texts", 7, "--length", 24, "--batch-size", 3, "--text", "text.txt", "--device", "cpu")
 ENERGY = ("--energy", "ar", "--window", 0, 1, "--num-candidates", 3)
@@ -64,7 +66,7 @@ def plain(estimate):
 
 def assert_scores(row, texts, tokens):
     assert row["num_texts"] == len(texts)
-    for name, spec in (("6-gram", "ngram:judge.txt"), ("2-gram", "ngram:judge.txt:2")):
+    for name, spec in (("6-gram of judge.txt", "ngram:judge.txt"), ("2-gram of judge.txt", "ngram:judge.txt:2")):
         found = generative_perplexity(texts, open_judge(spec, torch.device("cpu")))
         for unit in ("perplexity", "bits_per_token", "bits_per_character"):
             assert row["judges"][name][unit] == plain(getattr(found, unit))
@@ -122,7 +124,11 @@ def test_what_is_printed(edlm):
     code, out, _ = edlm("eval", "dit", "--decode", 2, *DECODE, *JUDGE, *ENERGY, "--label", "mine")
     lines = out.splitlines()
     assert code == 0 and lines[0] == "mine: 7 texts of 24 tokens; +- is one standard error over texts"
-    assert "6-gram: perplexity" in lines[1] and "2-gram: bits/character" in lines[1] and "self-BLEU" in lines[6]
+    assert (
+        "6-gram of judge.txt: perplexity" in lines[1]
+        and "2-gram of judge.txt: bits/character" in lines[1]
+        and "self-BLEU" in lines[6]
+    )
     assert lines[3].startswith("real text  -") and lines[4].startswith("mine       2")
     assert "after a call of a few steps to warm up" in out and "diversity: of tokens; entropy in bits" in out
 
@@ -170,10 +176,54 @@ def test_a_counted_judge_does_not_know_the_real_text(edlm, monkeypatch, folder):
     assert set(seen[0].scored) <= {CharTokenizer().decode(row.tolist()) for row in rows[1::2]} and len(seen[0].scored) == 7
 
 
+def test_another_judge_of_the_same_name_is_refused(edlm, folder, tmp_path):
+    write_text(folder, 300, "changing.txt", seed=2)
+    arguments = ("eval", "lines.txt", "--judge", "ngram:changing.txt", "--judge", "ngram:judge.txt", "--json", "judged.json")
+    assert edlm(*arguments)[0] == 0  # two n-gram models beside each other
+    identities = json.loads((folder / "judged.json").read_text())["settings"]["--judge"]
+    assert identities == {f"ngram:{t}": open_judge(f"ngram:{folder / t}", CPU).identity for t in ("changing.txt", "judge.txt")}
+    assert edlm(*arguments, "--resume")[0] == 0
+    write_text(folder, 300, "changing.txt", seed=3)
+    code, _, err = edlm(*arguments, "--resume")
+    assert code == 2 and "(--judge: {'ngram:changing.txt': 'sha256 " in err
+
+
+def test_a_text_ends_where_it_ends(folder):
+    """Also where the same token stands in front of it; what a judge counts is all of it."""
+    tokenizer = tokenizer_from(CausalLM.from_pretrained(folder / "bpe_ar").tokenizer_description)
+    end, mask = tokenizer.eos_token_id, tokenizer.mask_token_id
+    one, two = (tokenizer.encode(text).tolist() for text in ("she was not", "in her letter"))
+    rows = [[*one, end, *two], [end, *one, end, *two], [end, mask, *two, mask], [end, end]]
+    found = Texts.of_tokens(rows, tokenizer)
+    first, second = tokenizer.decode(one), tokenizer.decode(two)
+    assert found.texts == [first, first, second, ""] and [row.tolist() for row in found.tokens] == [one, one, two, []]
+    assert [_visible(tokenizer.decode(row)) for row in rows] == found.texts
+
+
+def test_a_judge_counts_what_is_behind_an_end(edlm, monkeypatch, folder):
+    from edlm.cli import judges
+
+    seen, opened = [], judges.open_judge
+    monkeypatch.setattr(judges, "open_judge", lambda *a, **k: seen.append(k["real"]) or opened(*a, **k))
+    tokenizer = tokenizer_from(CausalLM.from_pretrained(folder / "bpe_ar").tokenizer_description)
+    row = [*tokenizer.encode("she was not").tolist(), tokenizer.eos_token_id, *tokenizer.encode("in her letter").tolist()]
+    table = torch.tensor([row] * 4)
+    monkeypatch.setattr("edlm.cli.eval_texts.windows", lambda tokens, length: table)
+    assert edlm("eval", "bpe", "--decode", 2, *DECODE, "--judge", "ngram:text.txt")[0] == 0
+    assert len(seen[0].counted) == 4 and seen[0].scored == seen[0].counted[::2]
+
+
+def test_a_judge_that_has_counted_the_real_text(document, folder):
+    said = "judge.txt: 6-gram of judge.txt has counted the real text: what it says of that is too good"
+    assert said in document("lines.txt", "--judge", "ngram:judge.txt", "--text", "judge.txt")["warnings"]
+    assert said not in document("lines.txt", "--judge", "ngram:judge.txt", "--text", "text.txt")["warnings"]
+    assert said not in document("judge.txt", "--judge", "ngram:judge.txt")["warnings"]
+
+
 class Featuring:
     """A judge with features, of which the texts are kept."""
 
-    name = "featuring"
+    name, identity = "featuring", "of this test"
 
     def __init__(self):
         self.inner, self.seen = open_judge("ngram:judge.txt", torch.device("cpu")), []
@@ -198,10 +248,14 @@ def test_mauve_is_of_decoded_texts_and_real_ones(document, monkeypatch):
 def test_mauve_is_refused_before_anything_is_decoded(edlm, monkeypatch):
     monkeypatch.setattr("edlm.samplers.generate", None)
     code, _, err = edlm("eval", "dit", "--decode", 2, *DECODE, *JUDGE, "--mauve")
-    assert code == 2 and "--mauve: expected a judge that has features (hf:FOLDER, gguf:FILE, smollm2), got 6-gram, 2-gram" in err
+    assert (
+        code == 2
+        and "--mauve: expected a judge that has features (hf:FOLDER, gguf:FILE, smollm2), got 6-gram of judge.txt, 2-gram of judge.txt"
+        in err
+    )
     monkeypatch.setattr("edlm.cli.judges.open_judge", lambda spec, device, **more: Featuring())
     code, _, err = edlm("eval", "dit", "--decode", 2, *DECODE, "--judge", "x", "--mauve")
-    assert code == 2 and "expected at least 20 texts" in err
+    assert code == 2 and "edlm: error: --mauve: " in err and "expected at least 20 texts" in err
 
 
 def test_without_sacrebleu_there_is_a_note(document, monkeypatch):
@@ -282,8 +336,8 @@ def test_special_tokens_are_no_text(document, folder, tmp_path, monkeypatch):
     texts = [tokenizer.decode(words), tokenizer.decode(words[3:])]
     assert found["unit_of_diversity"] == "tokens" and row["num_texts"] == 4 and row["length"] == len(words)
     judged = generative_perplexity(texts, open_judge("ngram:judge.txt", torch.device("cpu")))
-    assert row["judges"]["6-gram"]["bits_per_character"] == plain(judged.bits_per_character)
-    assert (row["judges"]["6-gram"]["texts"], row["judges"]["6-gram"]["skipped"]) == (2, 2)
+    assert row["judges"]["6-gram of judge.txt"]["bits_per_character"] == plain(judged.bits_per_character)
+    assert (row["judges"]["6-gram of judge.txt"]["texts"], row["judges"]["6-gram of judge.txt"]["skipped"]) == (2, 2)
     assert row["entropy"] == plain(unigram_entropy([torch.tensor(words), torch.tensor(words[3:])]))
     assert found["warnings"] == ["ended.jsonl: 2 of 4 texts are empty without special tokens: left out"]
     # Where the model is not there any more, the ends of texts are known by their name.
@@ -298,8 +352,12 @@ def test_only_special_tokens(document, edlm, folder):
     found = document("ends.jsonl", *JUDGE)
     (row,) = found["rows"]
     nothing = {"mean": None, "stderr": None}
-    assert row["entropy"] == row["judges"]["6-gram"]["perplexity"] == row["repetition"]["4"] == nothing
-    assert (row["judges"]["6-gram"]["texts"], row["judges"]["6-gram"]["skipped"], row["self_bleu"]) == (0, 2, None)
+    assert row["entropy"] == row["judges"]["6-gram of judge.txt"]["perplexity"] == row["repetition"]["4"] == nothing
+    assert (row["judges"]["6-gram of judge.txt"]["texts"], row["judges"]["6-gram of judge.txt"]["skipped"], row["self_bleu"]) == (
+        0,
+        2,
+        None,
+    )
     assert found["warnings"] == ["ends.jsonl: 2 of 2 texts are empty without special tokens: left out"]
     code, out, _ = edlm("eval", "ends.jsonl", *JUDGE)
     assert code == 0 and "nan" not in out.lower() and "note: ends.jsonl: 2 of 2 texts are empty" in out
@@ -310,7 +368,7 @@ def test_a_text_a_line(document, edlm, folder, tmp_path):
     texts = ["she was not there", "anne had a letter in her hand"]
     row, other = found["rows"]
     judged = generative_perplexity(texts, open_judge("ngram:judge.txt", torch.device("cpu")))
-    assert row["judges"]["6-gram"]["perplexity"] == plain(judged.perplexity) and row["num_texts"] == 3
+    assert row["judges"]["6-gram of judge.txt"]["perplexity"] == plain(judged.perplexity) and row["num_texts"] == 3
     assert [r["method"] for r in (row, other)] == ["lines", "judge"] and found["label"] == "lines, judge"
     assert edlm("eval", "lines.txt", "judge.txt", *JUDGE, "--json", "files.json")[0] == 0
     assert read_documents([folder / "files.json"])[0].rows[0]["file"] == "lines.txt"
@@ -331,8 +389,8 @@ def test_a_judge_that_can_score_nothing_leaves_nulls(document, monkeypatch):
 
     monkeypatch.setattr("edlm.eval.generative_perplexity", refusing)
     found = document("lines.txt", *JUDGE)
-    assert found["rows"][0]["judges"]["6-gram"]["perplexity"] == {"mean": None, "stderr": None}
-    assert found["rows"][0]["judges"]["6-gram"]["skipped"] == 3
+    assert found["rows"][0]["judges"]["6-gram of judge.txt"]["perplexity"] == {"mean": None, "stderr": None}
+    assert found["rows"][0]["judges"]["6-gram of judge.txt"]["skipped"] == 3
     assert "lines.txt: expected at least one that x can score, got 2 that it cannot: 2 x too short" in found["warnings"]
 
 
@@ -343,7 +401,10 @@ MISTAKES = {
     "no judge of files": (("lines.txt",), "--judge: expected who is to score the texts, got none"),
     "a denoiser as judge": (("dit", "--decode", 4, *DECODE, "--judge", "edlm:dit"), "got dit of kind 'dit'"),
     "no such judge": (("dit", "--decode", 4, *DECODE, "--judge", "nobody"), "--judge: expected a kind of judge"),
-    "a judge twice": (("lines.txt", *JUDGE[:2], *JUDGE[:2]), "--judge: expected judges of different names, got 6-gram, 6-gram"),
+    "a judge twice": (
+        ("lines.txt", *JUDGE[:2], *JUDGE[:2]),
+        "--judge: expected judges of different names, got 6-gram of judge.txt, 6-gram of judge.txt",
+    ),
     "a grid without steps": (
         ("dit", "--decode", *DECODE, *JUDGE),
         "--decode: expected numbers of steps, such as --decode 8 16 32, got",
@@ -357,6 +418,8 @@ MISTAKES = {
         "--decode: expected no number, where every token is a step (an autoregressive model, or a sampler without a grid), got 8",
     ),
     "0 steps": (("dit", "--decode", 4, 0, *DECODE, *JUDGE), "--decode: expected numbers of steps >= 1, got 4 0"),
+    "more steps than can be counted": (("dit", "--decode", 2**33, *DECODE, *JUDGE), "error: --decode: expected at most 2**32"),
+    "no text of a judge": (("lines.txt", "--judge", "ngram:nowhere.txt"), "--judge: ngram:nowhere.txt: text: expected a file"),
     "0 texts": (("dit", "--decode", 4, *DECODE, *JUDGE, "--num-texts", 0), "--num-texts: expected a number >= 1, got 0"),
     "two K": (
         ("dit", "--decode", 4, *DECODE, *JUDGE, *ENERGY, "--num-candidates", 2, 4),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,7 +79,7 @@ def test_one_by_one_and_in_batches(tokenizer, batch_size):
     assert scores.nats.tolist() == pytest.approx([float(nats.sum()) for nats in expected], rel=1e-5)
     assert scores.tokens.tolist() == [len(nats) for nats in expected]
     assert scores.characters.tolist() == [len(text) for text in TEXTS]
-    assert scores.left_out.tolist() == [0] * 5
+    assert scores.left_out is None
     assert scores.nats.dtype == torch.float64
 
 
@@ -116,6 +118,31 @@ def test_from_a_folder(tmp_path, tokenizer, kind):
     assert half.score(TEXTS).nats.tolist() == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_bars_are_for_a_terminal(tmp_path, tokenizer, monkeypatch, terminal, enabled):
+    """And the library's own setting is what it was."""
+    gguf = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    logging, bar, seen = transformers.utils.logging, gguf.tqdm, []
+    llama(tokenizer).save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM,
+        "from_pretrained",
+        lambda *a, **k: seen.append((logging.is_progress_bar_enabled(), gguf.tqdm is bar)) or load(*a, **k),
+    )
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: terminal, write=lambda text: None, flush=lambda: None))
+    before = logging.is_progress_bar_enabled()
+    (logging.enable_progress_bar if enabled else logging.disable_progress_bar)()
+    try:
+        TransformersJudge.from_folder(tmp_path / "tiny")
+        assert seen == [(enabled and terminal, terminal)]
+        assert (logging.is_progress_bar_enabled(), gguf.tqdm) == (enabled, bar)
+    finally:
+        (logging.enable_progress_bar if before else logging.disable_progress_bar)()
+
+
 def test_what_stands_in_front():
     special = {"bos_token": "<s>", "eos_token": "</s>", "additional": "<|endoftext|>"}
     for names, front in (
@@ -142,7 +169,7 @@ def test_what_stands_in_front():
         first = tokenizer.decode(ids_of(tokenizer, text)[:1])
         assert scores.characters.tolist() == [len(text) - len(first), 0]
         assert scores.reasons == (None, "one token, with nothing in front of it")
-        assert scores.left_out.tolist() == [1, 0]
+        assert scores.left_out is None  # what is read and not scored is not what a judge cannot score
 
 
 @pytest.mark.parametrize("with_bos", [True, False])

@@ -44,6 +44,8 @@ def by_flags(message: str, options: argparse.Namespace) -> str:
     """What the sampler says of its arguments, by the names that they have on the command line."""
     flags = {name: flag(name) for name in vars(options).keys() - {"model", "command", "run"}}
     flags["stop_token_id"] = "--stop"
+    if getattr(options, "decode", None) is not None:  # of edlm eval, where it says the steps
+        flags["steps"] = "--decode"
     if options.prompt_file is not None:
         flags["prompt"] = "--prompt-file"
     names, colon, rest = message.partition(": ")

@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     texts.add_argument("--num-texts", type=int, metavar="N", help="how many (default: 64)")
     texts.add_argument("--judge", action="append", metavar="SPEC", help=f"who scores texts: {NAMES}; may be repeated")
     texts.add_argument("--mauve", action="store_true", help="MAUVE against the real text, by a judge that has features")
-    _, energy = add_decoding(parser)
+    _, energy = add_decoding(parser, ", with --decode")
     energy.add_argument(
         "--num-candidates",
         type=count_or_auto,
@@ -133,9 +133,8 @@ def _run(options: argparse.Namespace) -> int:
         if options.json in (None, "-"):
             records = [record for number in _shown(work, range(len(work.batches)), world) for record in work.records(number)]
             _print(options, _document(options, work, world, records, _settings(options, work, world)))
-        else:
-            _to_file(options, work, world)
-    return 0
+            return 0
+        return _to_file(options, work, world)
 
 
 def _mode(options: argparse.Namespace) -> str:
@@ -169,6 +168,7 @@ def _check(options: argparse.Namespace, mode: str) -> None:
         others = " or ".join(MODES[other] for other in MODES if name in own[other])
         raise ValueError(f"{flag(name)}: it is for {others}, got it with {MODES[mode]}; leave it out")
     check_counts(options, ("batch_size", "threads", "num_texts", "num_times"))
+    _check_use(options, mode)
     for name in own[mode] & _DEFAULTS.keys():
         if getattr(options, name) is None:
             setattr(options, name, _DEFAULTS[name])
@@ -190,6 +190,18 @@ def _check(options: argparse.Namespace, mode: str) -> None:
         raise ValueError(
             f"--json: expected the name of a file, got {options.json or 'an empty name'}; name one, such as eval.json"
         )
+
+
+def _check_use(options: argparse.Namespace, mode: str) -> None:
+    """Options that would be ignored beside others."""
+    from .eval_likelihood import is_file
+
+    if options.split is not None and all(map(is_file, options.text or ["bundled"])):
+        raise ValueError(f"--split: files are read whole, got {' '.join(options.text)} alone; leave it out")
+    if options.label is not None and mode == "samples" and len(options.paths) > 1:
+        raise ValueError(f"--label: several files are called by their names, got {len(options.paths)}; leave it out")
+    if options.unit is not None and options.json == "-":
+        raise ValueError("--unit: it is of the table, got --json without FILE, which has all units and no table; leave it out")
 
 
 def _work(options: argparse.Namespace, mode: str, world: World) -> Work:
@@ -221,6 +233,7 @@ def _settings(options: argparse.Namespace, work: Work, world: World) -> dict[str
     import torch
 
     from .decoder import flag
+    from .eval_document import machine
     from .sample import contents
 
     shared = ("seed", "split", "blocks", "windows", "batch_size", "label")
@@ -231,7 +244,10 @@ def _settings(options: argparse.Namespace, work: Work, world: World) -> dict[str
         named["model"] = contents(options.model)
         if options.energy:
             named |= {"--energy": contents(options.energy), "--carry-over": options.carry_over}
-    return named | work.settings | {"--device": world.device.type, "edlm": __version__, "torch": torch.__version__}
+    named |= work.settings | {"--device": world.device.type, "edlm": __version__, "torch": torch.__version__}
+    if work.kind == "decoding":  # seconds are those of a machine, and of who else computes there; the label is in the rows
+        named |= {"--label": _label(options), "--device": machine(world)["device"], "processes": world.size}
+    return named
 
 
 def _document(
@@ -241,7 +257,10 @@ def _document(
 
     paths = {} if work.kind == "samples" else {"model": model_folder(options.model), "energy": options.energy}
     head = {"edlm eval": 1, "records": work.total, "kind": work.kind, "label": _label(options), **paths}
-    return head | {"settings": settings, "machine": machine(world), **work.document(records)}
+    body = work.document(records)
+    if work.kind == "decoding" and world.size > 1 and world.device.type == "cpu":
+        body["warnings"].append("seconds: rows were timed while other processes computed; with one process they are its own")
+    return head | {"settings": settings, "machine": machine(world), **body}
 
 
 def _print(options: argparse.Namespace, document: dict[str, Any]) -> None:
@@ -261,7 +280,7 @@ def _shown(work: Work, numbers: Iterable[int], world: World) -> Iterable[int]:
     return tqdm(numbers, desc="eval", unit=unit, disable=world.rank > 0 or not sys.stderr.isatty(), leave=False)
 
 
-def _to_file(options: argparse.Namespace, work: Work, world: World) -> None:
+def _to_file(options: argparse.Namespace, work: Work, world: World) -> int:
     import torch
 
     from .record_file import DOCUMENT, RecordFile, fill
@@ -292,7 +311,7 @@ def _to_file(options: argparse.Namespace, work: Work, world: World) -> None:
         except (ValueError, OSError):
             if world.rank == 0:
                 raise
-            return  # the first process says why
+            return 2  # the first process says why
         if threads is not None:
             set_threads(threads)
         work.know(shared)
@@ -310,6 +329,7 @@ def _to_file(options: argparse.Namespace, work: Work, world: World) -> None:
                 file.finish(lambda lines, whole: whole.write(_encoded(options, work, world, lines, file.settings)))
             _print(options, json.loads(file.path.read_text(encoding="utf-8")))
             print(f"{'written' if unfinished else 'complete already'}: {options.json}")
+    return 0
 
 
 def _encoded(options: argparse.Namespace, work: Work, world: World, lines: Iterable[bytes], settings: dict[str, Any]) -> bytes:

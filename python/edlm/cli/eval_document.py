@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..eval import Estimate
+from ..eval.documents import is_distrusted
 from .printing import number
 
 if TYPE_CHECKING:
+    from ..samplers import SampleOutput
     from ..train.distributed import World
 
 UNITS = ("nats/token", "bits/token", "bits/character", "perplexity")
 NOTHING = {"mean": None, "stderr": None}
+_BINS = 10  # of t, over (0, 1]
 
 
 def plain(estimate: Estimate) -> dict[str, float | None]:
@@ -42,11 +45,11 @@ def show(document: dict[str, Any], unit: str) -> str:
 # --- likelihood -------------------------------------------------------------------------------------------------------------------
 
 _NAMES = {
-    "nelbo": "NELBO",
+    "nelbo": "NELBO of the proposal",
     "ar_nll": "AR NLL",
     "joint_nll": "joint NLL",
-    "finite_step_elbo": "ELBO of the ideal model",
-    "sampler_elbo": "ELBO of the sampler",
+    "finite_step_elbo": "NELBO of the ideal model",
+    "sampler_elbo": "NELBO of the sampler",
     "paper_joint": "paper_joint",
 }
 _LOG_Z = {None: "", "exact": "exact", "lower": "from below", "upper_asymptotic": "from above"}
@@ -55,6 +58,28 @@ _LOG_Z = {None: "", "exact": "exact", "lower": "from below", "upper_asymptotic":
 def measure_name(row: dict[str, Any]) -> str:
     steps = "" if row["steps"] is None else f", T = {row['steps']}"
     return _NAMES[row["measure"]] + steps + ("" if row["num_candidates"] is None else f", n = {row['num_candidates']}")
+
+
+def notes_of(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What is to be known of these rows, each said once."""
+    notes, several = [], len({row["text"] for row in rows}) > 1
+    low = [measure_name(row) + (f" ({row['text']})" if several else "") for row in rows if is_distrusted(row)]
+    if low:
+        notes.append(
+            "!: log Z rests on one or two draws there: the figure may be off by tens of nats, on either side: "
+            + "; ".join(dict.fromkeys(low))
+        )
+    known = dict.fromkeys(_NAMES[row["measure"]] for row in rows if row["log_Z"] == "exact")
+    if known:
+        notes.append(
+            f"{', '.join(known)}, exact: with an autoregressive energy this is the likelihood of that model itself, and says nothing "
+            "of decoding"
+        )
+    if any(row["measure"] == "paper_joint" for row in rows):
+        notes.append(
+            "paper_joint: no bound of the likelihood; it is how the paper's perplexities were made, to be compared with those"
+        )
+    return notes
 
 
 def _likelihood(document: dict[str, Any], unit: str) -> list[str]:
@@ -69,18 +94,22 @@ def _likelihood(document: dict[str, Any], unit: str) -> list[str]:
     for (name, log_Z, direction), columns in of.items():
         row = next(iter(columns.values()))
         ess = [column["ess"]["mean"] for column in columns.values() if column["ess"] is not None]
+        doubted = any(is_distrusted(column) for column in columns.values())
         seconds = sum(column["sequences"] / column["sequences_per_second"] for column in columns.values())
         lines.append(
             [
                 name,
                 *([_LOG_Z[log_Z]] if with_energy else []),
-                direction,
-                *(estimate(columns[text][key]) for text in texts),
-                *([f"{min(ess):.1f} of {row['num_candidates']}" if ess else "-"] if with_energy else []),
+                "not to be trusted" if doubted else direction,
+                *(estimate(columns[text][key]) if text in columns else "-" for text in texts),
+                *([f"{min(ess):.1f} of {row['num_candidates']}{' !' * doubted}" if ess else "-"] if with_energy else []),
                 f"{sum(column['sequences'] for column in columns.values()) / seconds:.3g}",
             ]
         )
-    counts = [f"{text['sequences']} windows" + (f" of {name}" if len(texts) > 1 else "") for name, text in texts.items()]
+    counts = [
+        f"{text['sequences']} of {text['windows_available']} windows" + (f" of {name}" if len(texts) > 1 else "")
+        for name, text in texts.items()
+    ]
     length = rows[0]["length"]
     entropy = [f"{estimate(text['entropy'])}" + (f" ({name})" if len(texts) > 1 else "") for name, text in texts.items()]
     return [
@@ -143,6 +172,27 @@ def _texts(document: dict[str, Any]) -> list[str]:
             shown = method if which == "-" else f"{which} steps" if decoding else which
             said.append(f"{shown}: {' '.join(row['example'].split())[:120]}")
     return said
+
+
+def ess_by_time(samples: Sequence[SampleOutput]) -> list[dict[str, Any]] | None:
+    """The mean effective sample size in each tenth of t, over the steps that used the energy; its error is over texts."""
+    import torch
+
+    found = []
+    for n in range(_BINS):
+        columns = []  # of each text: sum of ESS, of steps, of candidates
+        for sample in samples:
+            tenth = (sample.step_times * _BINS - 1e-9).ceil() - 1  # (0, 0.1] is the first; a t of the grid may be off by an ulp
+            ess, candidates = sample.ess.cpu().double(), sample.num_candidates.cpu().double()
+            here = (tenth.cpu() == n) & ~ess.isnan()
+            columns.append(torch.stack([(x * here).sum(0) for x in (ess.nan_to_num(), torch.ones_like(ess), candidates)]))
+        total, steps, candidates = torch.cat(columns, 1)
+        part = steps > 0
+        if bool(part.any()):
+            mean = plain(Estimate.ratio(total[part], steps[part], "of K"))
+            counts = {"count": int(steps.sum()), "num_candidates": float(candidates.sum() / steps.sum())}
+            found.append({"t": (n + 0.5) / _BINS, **mean, **counts})
+    return found or None
 
 
 def _cell(value: object) -> str:

