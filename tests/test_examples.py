@@ -314,6 +314,24 @@ def test_commands_of_the_guide_parse():
     assert len(found) >= 15 and {"torchrun", "edlm"} == {words[0] for words in found}
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/evaluation.md", "docs/trained_models.md"])
+def test_commands_of_other_pages_parse(page):
+    """With the shell's variables put in, and files of their own: what one command writes, the next one does not write again."""
+    found, written = [], []
+    for block in re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), re.S):
+        for name, value in re.findall(r'\b([A-Z])="?([^";\n]*)"?', block):
+            block = re.sub(rf"\${name}\b", value, block)
+        for words in commands(block):
+            options = parsed(words)
+            found.append(words)
+            written.append(getattr(options, "json", None))
+            if getattr(options, "resume", False):
+                written.pop()
+    assert len(found) >= 8
+    files = [name for name in written if isinstance(name, str) and name != "-"]
+    assert len(set(files)) == len(files)
+
+
 def test_the_guide_names_files_that_are_there():
     text = GUIDE.read_text()
     table = text.partition("| files in `examples/configs` |")[2].partition("\n\n")[0]

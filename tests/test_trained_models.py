@@ -11,6 +11,8 @@ import torch
 from edlm.data import CharTokenizer, open_text, windows
 from edlm.diffusion import LogLinearSchedule, MaskedDiffusion, nce_batch, nce_loss
 from edlm.eval import ar_nll, nelbo
+from edlm.eval.documents import read_documents
+from edlm.eval.report import page
 from edlm.models import CausalLM, DiT, NCEEnergy
 from edlm.samplers import generate
 
@@ -60,3 +62,16 @@ def test_their_curves_lie_beside_them(name):
     rows = [json.loads(line) for line in (MODELS / f"{name}.metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows]
     assert steps == sorted(set(steps)) and any("valid_nce_loss" in row or "valid_bits" in row for row in rows)
+
+
+def test_the_report_is_what_the_documents_make(monkeypatch):
+    """docs/pd_report/report.md, to the letter; its pictures lie beside it."""
+    root = MODELS.parent.parent
+    monkeypatch.chdir(root)
+    documents = read_documents(sorted(str(path.relative_to(root)) for path in (MODELS / "evaluation").glob("*.json")))
+    report = root / "docs" / "pd_report"
+    pictures = [path.name for path in report.glob("*.png")]
+    assert (report / "report.md").read_text() == page(documents, baseline="MDLM", pictures=pictures)
+    assert {"quality_vs_steps.png", "quality_vs_seconds.png", "quality_vs_entropy.png", "ess_vs_t.png", "bounds_vs_n.png"} <= set(
+        pictures
+    )

@@ -77,7 +77,7 @@ def test_the_page_to_the_letter(made):
     assert text == EXPECTED
 
 
-EXPECTED = r"""# Evaluation of AR, M\|x
+EXPECTED = r"""# Evaluation of AR; M\|x
 
 Made by `edlm report`. ± is one standard error.
 

@@ -86,7 +86,7 @@ def page(
         raise ValueError(f"--unit: expected one of {', '.join(UNITS)}, got {unit!r}")
     labels = list(dict.fromkeys(document.label for document in documents))
     sections = [
-        [f"# Evaluation of {_plain(', '.join(labels))}", ""],
+        [f"# Evaluation of {_plain('; '.join(labels))}", ""],
         _sources(documents),
         _likelihood(documents, unit, pictures),
         _texts(documents, pictures),
