@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from edlm.cli import main
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Last bits depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

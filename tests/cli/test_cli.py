@@ -17,13 +17,7 @@ from edlm.cli import COMMANDS, build_parser, main
 from edlm.models import CausalLM, CausalLMConfig
 from tiny_run import assert_same_weights, tiny_values, toml, write_text
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -29,12 +29,7 @@ ARGUMENTS = [
 RECORDS = 2 + 22  # two estimates of log Z, and the sequences, in 1 + 1 + 4 + 4 batches
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

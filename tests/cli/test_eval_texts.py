@@ -26,12 +26,7 @@ DECODE = ("--num-texts", 7, "--length", 24, "--batch-size", 3, "--text", "text.t
 ENERGY = ("--energy", "ar", "--window", 0, 1, "--num-candidates", 3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -22,12 +22,7 @@ ENERGY = ("--energy", "ar", "--window", "0", "1", "--num-particles", "2", "--num
 ARGUMENTS = ["sample", "dit", "--num-texts", str(TEXTS), *COMMON, *ENERGY]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +55,17 @@ def by_flags(message: str, options: argparse.Namespace) -> str:
         return message
     rest = re.sub(r"\b(\w+)=(\d+)\b", lambda m: f"{flags[m[1]]} {m[2]}" if m[1] in flags else m[0], rest)  # what to give instead
     return ", ".join(flags.get(name, name) for name in names.split(", ")) + colon + rest
+
+
+@contextmanager
+def errors_by_flags(options: argparse.Namespace) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        shown = by_flags(str(error), options)
+        if shown == str(error):
+            raise
+        raise ValueError(shown) from None
 
 
 @dataclass(frozen=True)

@@ -104,16 +104,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from .decoder import by_flags
+    from .decoder import errors_by_flags
 
     options.prompt_file = None  # of edlm sample, whose words for the sampler's arguments are used
-    try:
+    with errors_by_flags(options):
         return _run(options)
-    except ValueError as error:
-        shown = by_flags(str(error), options)
-        if shown == str(error):
-            raise
-        raise ValueError(shown) from None
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -46,17 +46,12 @@ often it was interrupted; it has its name once it is complete, and FILE.part hol
 
 
 def run(options: argparse.Namespace) -> int:
-    from .decoder import by_flags, check
+    from .decoder import check, errors_by_flags
 
     check(options)
     _check_places(options)
-    try:
+    with errors_by_flags(options):
         return _run(options)
-    except ValueError as error:
-        shown = by_flags(str(error), options)
-        if shown == str(error):
-            raise
-        raise ValueError(shown) from None
 
 
 def _run(options: argparse.Namespace) -> int:
