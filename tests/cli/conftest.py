@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from edlm.cli import main
@@ -26,5 +28,17 @@ def edlm(folder, capsys, monkeypatch):
         code = main([str(a) for a in arguments])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def document(edlm):
+    """document("dit", ...) -> the JSON of one ``edlm eval``."""
+
+    def run(*arguments):
+        code, out, err = edlm("eval", *arguments, "--json")
+        assert (code, err) == (0, ""), err
+        return json.loads(out)
 
     return run

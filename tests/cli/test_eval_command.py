@@ -120,7 +120,7 @@ def test_a_file_that_is_there_is_not_overwritten(folder, edlm):
 
 CHANGED = {
     "seed": (("--seed", 1), "--seed: 0 there, 1 here"),
-    "steps": (("--steps", 8), "--measures: ['NELBO of the proposal', 'NELBO of the proposal, T = 4', "),
+    "steps": (("--steps", 8), "--measures: ['nelbo', 'nelbo, T = 4', "),
     "n": (("--num-candidates", 4), "--measures: ["),
     "num_times": (("--num-times", 2), "--num-times: 1 there, 2 here"),
     "windows": (("--windows", 10), "--windows: 11 there, 10 here"),

@@ -1,4 +1,4 @@
-"""edlm eval --decode, and of files: the figures are those of edlm.eval for the very texts that edlm sample writes."""
+"""edlm eval --decode: the figures are those of edlm.eval for the very texts that edlm sample writes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 import torch
 from edlm.cli import main
 from edlm.cli.eval_document import ess_by_time
-from edlm.cli.eval_texts import Texts, _visible
-from edlm.cli.judges import open_judge
+from edlm.cli.eval_files import _visible
+from edlm.cli.eval_texts import Texts
 from edlm.cli.record_file import Part
-from edlm.data import BPETokenizer, CharTokenizer, bundled_text, tokenizer_from, windows
-from edlm.eval import distinct_n, generative_perplexity, repetition, self_bleu, unigram_entropy
+from edlm.data import CharTokenizer, bundled_text, tokenizer_from, windows
 from edlm.eval.documents import read_documents
 from edlm.models import CausalLM
 from edlm.samplers import SampleOutput
+from text_scores import Featuring, assert_scores
 from tiny_run import write_text
 from untrained import save_models
 
@@ -36,40 +36,9 @@ def folder(tmp_path_factory):
     write_text(folder)
     write_text(folder, 500, "judge.txt", seed=1)
     (folder / "short.txt").write_text("she was not")
+    (folder / "few.txt").write_text("she was not in her letter then and anne was there " * 6)
     (folder / "empty.txt").write_text("\n \n")
-    (folder / "bytes.txt").write_bytes(b"\xff\xfe")
-    (folder / "lines.txt").write_text("she was not there\n\nanne had a letter in her hand\n")
-    (folder / "damaged.jsonl").write_text('{"text": "she was"}\n{"text": 3}\n')
-    (folder / "broken.jsonl").write_text('{"text": "she was"}\nshe was not\n')
-    (folder / "ids.jsonl").write_text('{"text": "she was", "tokens": ["a"]}\n')
     return folder
-
-
-@pytest.fixture
-def document(edlm):
-    def run(*arguments):
-        code, out, err = edlm("eval", *arguments, "--json")
-        assert code == 0, err
-        return json.loads(out)
-
-    return run
-
-
-def plain(estimate):
-    return {"mean": pytest.approx(estimate.mean), "stderr": pytest.approx(estimate.stderr)}
-
-
-def assert_scores(row, texts, tokens):
-    assert row["num_texts"] == len(texts)
-    for name, spec in (("6-gram of judge.txt", "ngram:judge.txt"), ("2-gram of judge.txt", "ngram:judge.txt:2")):
-        found = generative_perplexity(texts, open_judge(spec, torch.device("cpu")))
-        for unit in ("perplexity", "bits_per_token", "bits_per_character"):
-            assert row["judges"][name][unit] == plain(getattr(found, unit))
-        assert (row["judges"][name]["texts"], row["judges"][name]["skipped"]) == (found.texts, found.skipped)
-    assert row["entropy"] == plain(unigram_entropy(tokens)) and row["repetition"] == {"4": plain(repetition(tokens, 4))}
-    assert row["distinct"] == {str(n): pytest.approx(distinct_n(tokens, n)) for n in (1, 2, 4)}
-    pytest.importorskip("sacrebleu", reason="self-BLEU needs the extra metrics")
-    assert row["self_bleu"] == plain(self_bleu(tokens))
 
 
 # --- decoded here and now ---------------------------------------------------------------------------------------------------------
@@ -113,6 +82,25 @@ def test_what_has_no_number_of_steps(document, edlm, model, more):
     texts = edlm("sample", model, *DECODE[:6], *more)[1].splitlines()
     assert (row["steps"], row["nfe"], row["energy_nfe"], row["example"]) == (None, 24, 0, texts[0])
     assert row["method"] == model and row["ess"] is None and row["seconds"] > 0
+
+
+def test_what_was_left_to_the_sampler_is_in_the_document(document):
+    """Documents are compared by their settings: one that spells a default out is not another one."""
+    plain = document("dit", "--decode", 2, "--num-texts", 1, "--length", 24, "--text", "text.txt", *JUDGE[:2], "--energy", "ar")
+    spelled = ("--batch-size", 32, "--num-candidates", 8, "--window", 0.8, 1, "--sampler", "ancestral", "--temperature", 1)
+    other = document(
+        "dit", "--decode", 2, "--num-texts", 1, "--length", 24, "--text", "text.txt", *JUDGE[:2], "--energy", "ar", *spelled
+    )
+    assert plain["settings"] == other["settings"]
+    assert plain["settings"]["--batch-size"] == 32 and plain["settings"]["--window"] == [0.8, 1.0]
+    causal = document("ar", "--decode", "--num-texts", 1, "--length", 24, "--text", "text.txt", *JUDGE[:2])["settings"]
+    assert causal["--temperature"] == 1 and "--sampler" not in causal and "--window" not in causal
+
+
+def test_fewer_real_texts_are_noted(document):
+    said = "real text: 6 real texts beside 7 decoded ones: distinct-n, self-BLEU and MAUVE depend on their number"
+    short = ("--text", "few.txt", "--num-texts", 7, "--length", 24)
+    assert [note[: len(said)] for note in document("dit", "--decode", 2, *short, *JUDGE)["warnings"]] == [said]
 
 
 def test_what_is_printed(edlm):
@@ -171,18 +159,6 @@ def test_a_counted_judge_does_not_know_the_real_text(edlm, monkeypatch, folder):
     assert set(seen[0].scored) <= {CharTokenizer().decode(row.tolist()) for row in rows[1::2]} and len(seen[0].scored) == 7
 
 
-def test_another_judge_of_the_same_name_is_refused(edlm, folder, tmp_path):
-    write_text(folder, 300, "changing.txt", seed=2)
-    arguments = ("eval", "lines.txt", "--judge", "ngram:changing.txt", "--judge", "ngram:judge.txt", "--json", "judged.json")
-    assert edlm(*arguments)[0] == 0  # two n-gram models beside each other
-    identities = json.loads((folder / "judged.json").read_text())["settings"]["--judge"]
-    assert identities == {f"ngram:{t}": open_judge(f"ngram:{folder / t}", CPU).identity for t in ("changing.txt", "judge.txt")}
-    assert edlm(*arguments, "--resume")[0] == 0
-    write_text(folder, 300, "changing.txt", seed=3)
-    code, _, err = edlm(*arguments, "--resume")
-    assert code == 2 and "(--judge: {'ngram:changing.txt': 'sha256 " in err
-
-
 def test_a_text_ends_where_it_ends(folder):
     """Also where the same token stands in front of it; what a judge counts is all of it."""
     tokenizer = tokenizer_from(CausalLM.from_pretrained(folder / "bpe_ar").tokenizer_description)
@@ -206,29 +182,6 @@ def test_a_judge_counts_what_is_behind_an_end(edlm, monkeypatch, folder):
     monkeypatch.setattr("edlm.cli.eval_texts.windows", lambda tokens, length: table)
     assert edlm("eval", "bpe", "--decode", 2, *DECODE, "--judge", "ngram:text.txt")[0] == 0
     assert len(seen[0].counted) == 4 and seen[0].scored == seen[0].counted[::2]
-
-
-def test_a_judge_that_has_counted_the_real_text(document, folder):
-    said = "judge.txt: 6-gram of judge.txt has counted the real text: what it says of that is too good"
-    assert said in document("lines.txt", "--judge", "ngram:judge.txt", "--text", "judge.txt")["warnings"]
-    assert said not in document("lines.txt", "--judge", "ngram:judge.txt", "--text", "text.txt")["warnings"]
-    assert said not in document("judge.txt", "--judge", "ngram:judge.txt")["warnings"]
-
-
-class Featuring:
-    """A judge with features, of which the texts are kept."""
-
-    name, identity = "featuring", "of this test"
-
-    def __init__(self):
-        self.inner, self.seen = open_judge("ngram:judge.txt", torch.device("cpu")), []
-
-    def score(self, texts):
-        return self.inner.score(texts)
-
-    def features(self, texts):
-        self.seen.append(list(texts))
-        return torch.stack([torch.tensor([float(len(text)), float(text.count("e"))]) for text in texts])
 
 
 def test_mauve_is_of_decoded_texts_and_real_ones(document, monkeypatch):
@@ -292,114 +245,12 @@ def rows(folder, name):
     return [row | {"seconds": None} for row in json.loads((folder / name).read_text())["rows"]]
 
 
-# --- read from files --------------------------------------------------------------------------------------------------------------
-
-
-def write_records(path, rows, tokenizer, model="bpe"):
-    """As edlm sample --out does."""
-    from edlm.cli.sample import contents
-
-    records = [
-        {"index": i, "text": tokenizer.decode(row), "length": len(row), "tokens": [*row, 7, 7]} for i, row in enumerate(rows)
-    ]
-    path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    settings = {"edlm sample": 1, "texts": len(rows), "model": model, "settings": {"model": contents(model)}}
-    path.with_name(path.name + ".settings.json").write_text(json.dumps(settings))
-
-
-def test_a_file_of_edlm_sample(edlm, document, folder):
-    assert edlm("sample", "dit", *DECODE[:6], "--steps", 3, "--out", "sampled.jsonl")[0] == 0
-    found = document("sampled.jsonl", *JUDGE)
-    records = [json.loads(line) for line in (folder / "sampled.jsonl").read_text().splitlines()]
-    (row,) = found["rows"]
-    assert_scores(row, [r["text"] for r in records], [torch.tensor(r["tokens"]) for r in records])
-    assert (found["kind"], found["label"], found["unit_of_diversity"]) == ("samples", "sampled", "tokens")
-    assert (row["method"], row["file"], row["length"]) == ("sampled", "sampled.jsonl", 24) and "seconds" not in row
-    again = document("sampled.jsonl", *JUDGE, "--text", "lines.txt")  # with characters beside them, in characters
-    assert [row["method"] for row in again["rows"]] == ["real text", "sampled"] and again["unit_of_diversity"] == "characters"
-    assert again["rows"][1]["judges"] == row["judges"]
-
-
-def test_special_tokens_are_no_text(document, folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(folder)
-    tokenizer = tokenizer_from(CausalLM.from_pretrained(folder / "bpe_ar").tokenizer_description)
-    assert isinstance(tokenizer, BPETokenizer)
-    end, words = tokenizer.eos_token_id, tokenizer.encode("she was not in her letter").tolist()
-    write_records(folder / "ended.jsonl", [[*words, end], [end, end], words[3:], [tokenizer.mask_token_id]], tokenizer)
-    found = document("ended.jsonl", *JUDGE)
-    (row,) = found["rows"]
-    texts = [tokenizer.decode(words), tokenizer.decode(words[3:])]
-    assert found["unit_of_diversity"] == "tokens" and row["num_texts"] == 4 and row["length"] == len(words)
-    judged = generative_perplexity(texts, open_judge("ngram:judge.txt", torch.device("cpu")))
-    assert row["judges"]["6-gram of judge.txt"]["bits_per_character"] == plain(judged.bits_per_character)
-    assert (row["judges"]["6-gram of judge.txt"]["texts"], row["judges"]["6-gram of judge.txt"]["skipped"]) == (2, 2)
-    assert row["entropy"] == plain(unigram_entropy([torch.tensor(words), torch.tensor(words[3:])]))
-    assert found["warnings"] == ["ended.jsonl: 2 of 4 texts are empty without special tokens: left out"]
-    # Where the model is not there any more, the ends of texts are known by their name.
-    (folder / "ended.jsonl.settings.json").unlink()
-    again = document("ended.jsonl", *JUDGE)
-    assert again["unit_of_diversity"] == "characters" and again["rows"][0]["judges"] == row["judges"]
-    assert again["rows"][0]["entropy"] == plain(unigram_entropy(Texts.of_characters(texts).tokens))
-
-
-def test_only_special_tokens(document, edlm, folder):
-    (folder / "ends.jsonl").write_text('{"text": "<|endoftext|>"}\n{"text": ""}\n')
-    found = document("ends.jsonl", *JUDGE)
-    (row,) = found["rows"]
-    nothing = {"mean": None, "stderr": None}
-    assert row["entropy"] == row["judges"]["6-gram of judge.txt"]["perplexity"] == row["repetition"]["4"] == nothing
-    assert (row["judges"]["6-gram of judge.txt"]["texts"], row["judges"]["6-gram of judge.txt"]["skipped"], row["self_bleu"]) == (
-        0,
-        2,
-        None,
-    )
-    assert found["warnings"] == ["ends.jsonl: 2 of 2 texts are empty without special tokens: left out"]
-    code, out, _ = edlm("eval", "ends.jsonl", *JUDGE)
-    assert code == 0 and "nan" not in out.lower() and "note: ends.jsonl: 2 of 2 texts are empty" in out
-
-
-def test_a_text_a_line(document, edlm, folder, tmp_path):
-    found = document("lines.txt", "judge.txt", *JUDGE)
-    texts = ["she was not there", "anne had a letter in her hand"]
-    row, other = found["rows"]
-    judged = generative_perplexity(texts, open_judge("ngram:judge.txt", torch.device("cpu")))
-    assert row["judges"]["6-gram of judge.txt"]["perplexity"] == plain(judged.perplexity) and row["num_texts"] == 3
-    assert [r["method"] for r in (row, other)] == ["lines", "judge"] and found["label"] == "lines, judge"
-    assert edlm("eval", "lines.txt", "judge.txt", *JUDGE, "--json", "files.json")[0] == 0
-    assert read_documents([folder / "files.json"])[0].rows[0]["file"] == "lines.txt"
-    assert edlm("eval", "lines.txt", "judge.txt", *JUDGE, "--json", "files.json", "--resume")[1].endswith("already: files.json\n")
-
-
-def test_mauve_of_files(document, monkeypatch):
-    judge = Featuring()
-    monkeypatch.setattr("edlm.cli.judges.open_judge", lambda spec, device, **more: judge)
-    monkeypatch.setattr("edlm.eval.mauve", lambda p, q, seed: len(p) / len(q))
-    real, row = document("lines.txt", "--judge", "x", "--text", "judge.txt", "--mauve")["rows"]
-    assert (real["method"], real["file"], real["mauve"], row["mauve"]) == ("real text", "judge.txt", None, 2.0)
-
-
-def test_a_judge_that_can_score_nothing_leaves_nulls(document, monkeypatch):
-    def refusing(texts, judge):
-        raise ValueError("texts: expected at least one that x can score, got 2 that it cannot: 2 x too short")
-
-    monkeypatch.setattr("edlm.eval.generative_perplexity", refusing)
-    found = document("lines.txt", *JUDGE)
-    assert found["rows"][0]["judges"]["6-gram of judge.txt"]["perplexity"] == {"mean": None, "stderr": None}
-    assert found["rows"][0]["judges"]["6-gram of judge.txt"]["skipped"] == 3
-    assert "lines.txt: expected at least one that x can score, got 2 that it cannot: 2 x too short" in found["warnings"]
-
-
 # --- mistakes ---------------------------------------------------------------------------------------------------------------------
 
 MISTAKES = {
     "no judge": (("dit", "--decode", 4, *DECODE), "--judge: expected who is to score the texts, got none; give one or more of"),
-    "no judge of files": (("lines.txt",), "--judge: expected who is to score the texts, got none"),
     "a denoiser as judge": (("dit", "--decode", 4, *DECODE, "--judge", "edlm:dit"), "got dit of kind 'dit'"),
     "no such judge": (("dit", "--decode", 4, *DECODE, "--judge", "nobody"), "--judge: expected a kind of judge"),
-    "a judge twice": (
-        ("lines.txt", *JUDGE[:2], *JUDGE[:2]),
-        "--judge: expected judges of different names, got 6-gram of judge.txt, 6-gram of judge.txt",
-    ),
     "a grid without steps": (
         ("dit", "--decode", *DECODE, *JUDGE),
         "--decode: expected numbers of steps, such as --decode 8 16 32, got",
@@ -414,13 +265,15 @@ MISTAKES = {
     ),
     "0 steps": (("dit", "--decode", 4, 0, *DECODE, *JUDGE), "--decode: expected numbers of steps >= 1, got 4 0"),
     "more steps than can be counted": (("dit", "--decode", 2**33, *DECODE, *JUDGE), "error: --decode: expected at most 2**32"),
-    "no text of a judge": (("lines.txt", "--judge", "ngram:nowhere.txt"), "--judge: ngram:nowhere.txt: text: expected a file"),
     "0 texts": (("dit", "--decode", 4, *DECODE, *JUDGE, "--num-texts", 0), "--num-texts: expected a number >= 1, got 0"),
     "two K": (
         ("dit", "--decode", 4, *DECODE, *JUDGE, *ENERGY, "--num-candidates", 2, 4),
         "--num-candidates: expected one number of candidates for --decode, or auto, got 2 4",
     ),
-    "K without an energy": (("dit", "--decode", 4, *DECODE, *JUDGE, "--num-candidates", 2), "2 candidates need an energy"),
+    "K without an energy": (
+        ("dit", "--decode", 4, *DECODE, *JUDGE, "--num-candidates", 2),
+        "--num-candidates: 2 candidates need an energy to choose by, got no --energy; give one",
+    ),
     "K of a causal model": (("ar", "--decode", *DECODE, *JUDGE, "--num-candidates", 2), "--num-candidates: it is for denoisers"),
     "an energy of a causal model": (("ar", "--decode", *DECODE, *JUDGE, *ENERGY), "--energy: it is for denoisers"),
     "a window of nothing": (
@@ -440,22 +293,7 @@ MISTAKES = {
         "--text: short.txt: expected at least two windows of 8 tokens, got one",
     ),
     "an empty real text": (("dit", "--decode", 4, *JUDGE, "--text", "empty.txt"), "empty.txt: expected text, got an empty file"),
-    "too long": (("short", "--decode", 4, *DECODE, *JUDGE), "--length: the denoiser takes at most 5 tokens"),
-    "an empty file": (("empty.txt", *JUDGE), "empty.txt: expected texts, got an empty file"),
-    "bytes": (("bytes.txt", *JUDGE), "bytes.txt: expected UTF-8, got other bytes at 0"),
-    "no text": (("damaged.jsonl", *JUDGE), 'damaged.jsonl, line 2: expected a JSON object with a "text", got \'{"text": 3}\''),
-    "no JSON": (("broken.jsonl", *JUDGE), "broken.jsonl, line 2: expected a JSON object"),
-    "no ids": (("ids.jsonl", *JUDGE), 'ids.jsonl, line 1: expected "tokens" to be a list of ids'),
-    "a file twice": (("lines.txt", "lines.txt", *JUDGE), "expected each file once"),
-    "MAUVE with nothing": (("lines.txt", *JUDGE, "--mauve"), "--mauve: expected real texts to compare with, got none"),
-    "two files of real texts": (
-        ("lines.txt", *JUDGE, "--text", "judge.txt", "text.txt"),
-        "--text: expected one file of real texts",
-    ),
-    "missing real texts": (
-        ("lines.txt", *JUDGE, "--text", "bundled"),
-        "bundled: expected a file of texts, .jsonl or .txt, got something else, or no such file",
-    ),
+    "too long": (("short", "--decode", 4, *DECODE, *JUDGE), "error: --length: the denoiser takes at most 5 tokens"),
 }
 
 

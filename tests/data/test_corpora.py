@@ -139,3 +139,14 @@ def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'edlm-torch\[data\]'"):
         list(open_text("ptb").split("train"))
+
+
+def test_without_a_network_another_way_is_named(monkeypatch):
+    def unreachable(*arguments, **options):
+        raise ConnectionError("Couldn't reach 'Salesforce/wikitext' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(
+        ConnectionError, match=r"wikitext103: the hub cannot be reached \(Couldn't .*; try again with a network, or give a"
+    ):
+        corpora.documents("wikitext103", "test")

@@ -46,14 +46,16 @@ def by_flags(message: str, options: argparse.Namespace) -> str:
     """What the sampler says of its arguments, by the names that they have on the command line."""
     flags = {name: flag(name) for name in vars(options).keys() - {"model", "command", "run"}}
     flags["stop_token_id"] = "--stop"
-    if getattr(options, "decode", None) is not None:  # of edlm eval, where it says the steps
+    if getattr(options, "decode", None) is not None:  # of edlm eval, where it says the steps, and nobody gives a prompt
         flags["steps"] = "--decode"
+        message = message.removeprefix("prompt, ")
     if options.prompt_file is not None:
         flags["prompt"] = "--prompt-file"
     names, colon, rest = message.partition(": ")
     if not colon:
         return message
     rest = re.sub(r"\b(\w+)=(\d+)\b", lambda m: f"{flags[m[1]]} {m[2]}" if m[1] in flags else m[0], rest)  # what to give instead
+    rest = rest.replace("energy=None; pass one", "no --energy; give one").replace("energy=None", "no --energy")
     return ", ".join(flags.get(name, name) for name in names.split(", ")) + colon + rest
 
 
@@ -61,11 +63,11 @@ def by_flags(message: str, options: argparse.Namespace) -> str:
 def errors_by_flags(options: argparse.Namespace) -> Iterator[None]:
     try:
         yield
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         shown = by_flags(str(error), options)
         if shown == str(error):
             raise
-        raise ValueError(shown) from None
+        raise (ValueError if isinstance(error, ValueError) else FileNotFoundError)(shown) from None
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from .sample_options import add_decoding, count_or_auto
 
 if TYPE_CHECKING:
     from ..train.distributed import World
+    from .eval_files import Samples
     from .eval_likelihood import Likelihood
-    from .eval_texts import Decoding, Samples
+    from .eval_texts import Decoding
 
     Work = Likelihood | Decoding | Samples
 
@@ -72,8 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     likelihood.add_argument(
         "--measures",
         nargs="+",
-        choices=("nelbo", "ar_nll", "joint_nll", "finite_step_elbo", "paper_joint"),
-        help="(default: ar_nll of an autoregressive model; nelbo; with --energy the others too)",
+        choices=("nelbo", "ar_nll", "joint_nll", "finite_step_elbo", "sampler_elbo", "paper_joint"),
+        help="(default: ar_nll of an autoregressive model; nelbo; with --energy the others too); finite_step_elbo and sampler_elbo "
+        "come together, from the same draws",
     )
     likelihood.add_argument(
         "--steps", type=int, nargs="+", metavar="T", help="also the NELBO of T steps; the ELBO with the energy at T (default: 8)"
@@ -95,7 +97,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     where = parser.add_argument_group("how, and where to")
     where.add_argument("--batch-size", type=int, help="sequences measured, or texts decoded, at a time (default: 32)")
-    where.add_argument("--seed", type=int, default=0, help="of the Monte Carlo, or of the texts (default: %(default)s)")
+    where.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="sequence, or text, n of N uses seed * N + n: two seeds share no draw (default: %(default)s)",
+    )
     where.add_argument("--label", help="of the model, in tables and documents (default: from the folders' names)")
     where.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write the JSON document; without FILE, print it")
     where.add_argument("--resume", action="store_true", help="complete the document that the same command has begun")
@@ -133,7 +140,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _mode(options: argparse.Namespace) -> str:
-    from .eval_texts import FILES
+    from .eval_files import FILES
 
     paths = options.paths
     files = [path for path in paths if Path(path).is_file() or (not Path(path).exists() and path.endswith(FILES))]
@@ -171,11 +178,11 @@ def _check(options: argparse.Namespace, mode: str) -> None:
         length = 128 if options.length is None else options.length
         if length < 1 or options.windows < 1:
             raise ValueError(f"--length, --windows: expected numbers >= 1, got {length}, {options.windows}")
-        options.batch_size = options.batch_size or 32
         check(options)
     elif not options.judge:
         raise ValueError(f"--judge: expected who is to score the texts, got none; give one or more of {NAMES}")
     if mode != "samples":
+        options.batch_size = options.batch_size or 32
         options.model, options.text = options.paths[0], options.text or ["bundled"]
         if mode == "decoding" and len(options.text) > 1:
             raise ValueError(f"--text: expected one text to compare with, got {' '.join(options.text)}; choose one")
@@ -204,9 +211,13 @@ def _work(options: argparse.Namespace, mode: str, world: World) -> Work:
         from .eval_likelihood import Likelihood
 
         return Likelihood(options, world.device)
-    from .eval_texts import Decoding, Samples
+    if mode == "samples":
+        from .eval_files import Samples
 
-    return (Decoding if mode == "decoding" else Samples)(options, world.device, _label(options))
+        return Samples(options, world.device, _label(options))
+    from .eval_texts import Decoding
+
+    return Decoding(options, world.device, _label(options))
 
 
 def _label(options: argparse.Namespace) -> str:

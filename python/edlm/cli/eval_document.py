@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..eval import Estimate
-from ..eval.documents import is_distrusted
+from ..eval.documents import FEW_DRAWS, is_distrusted
 from .printing import number
 
 if TYPE_CHECKING:
@@ -65,10 +65,7 @@ def notes_of(rows: Sequence[dict[str, Any]]) -> list[str]:
     notes, several = [], len({row["text"] for row in rows}) > 1
     low = [measure_name(row) + (f" ({row['text']})" if several else "") for row in rows if is_distrusted(row)]
     if low:
-        notes.append(
-            "!: log Z rests on one or two draws there: the figure may be off by tens of nats, on either side: "
-            + "; ".join(dict.fromkeys(low))
-        )
+        notes.append(f"not to be trusted: {'; '.join(dict.fromkeys(low))}: {FEW_DRAWS}")
     known = dict.fromkeys(_NAMES[row["measure"]] for row in rows if row["log_Z"] == "exact")
     if known:
         notes.append(
@@ -102,7 +99,7 @@ def _likelihood(document: dict[str, Any], unit: str) -> list[str]:
                 *([_LOG_Z[log_Z]] if with_energy else []),
                 "not to be trusted" if doubted else direction,
                 *(estimate(columns[text][key]) if text in columns else "-" for text in texts),
-                *([f"{min(ess):.1f} of {row['num_candidates']}{' !' * doubted}" if ess else "-"] if with_energy else []),
+                *([f"{min(ess):.2f} of {row['num_candidates']}{' !' * doubted}" if ess else "-"] if with_energy else []),
                 f"{sum(column['sequences'] for column in columns.values()) / seconds:.3g}",
             ]
         )

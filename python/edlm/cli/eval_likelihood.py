@@ -16,9 +16,9 @@ import torch
 
 from ..data import BPETokenizer, CharTokenizer, Tokens
 from ..eval import Estimate
-from ..eval.documents import FEW
+from ..eval.documents import is_few
 from .decoder import flag
-from .eval_document import measure_name, notes_of, plain, units
+from .eval_document import notes_of, plain, units
 from .models import load_any, open_energy
 
 OF_ENERGY = ("joint_nll", "finite_step_elbo", "paper_joint")
@@ -31,7 +31,7 @@ _DIRECTIONS = {
     ("joint_nll", "exact"): "exact",
     ("joint_nll", "lower"): "below in expectation",
     ("joint_nll", "upper_asymptotic"): "above for n large enough",
-    ("finite_step_elbo", "exact"): "upper bound",
+    ("finite_step_elbo", "exact"): "exact",  # there is one for T = 1 alone
     ("finite_step_elbo", "lower"): "no bound",
     ("finite_step_elbo", "upper_asymptotic"): "above for n large enough",
     ("sampler_elbo", None): "upper bound",
@@ -105,11 +105,14 @@ class Likelihood:
         def digest(text: Text) -> str:
             return "sha256 " + hashlib.sha256(text.x0.numpy().tobytes()).hexdigest()
 
-        measured = [measure_name({"measure": j.measure, "steps": j.steps, "num_candidates": j.num_candidates}) for j in self.jobs]
+        def called(job: Job) -> str:
+            steps = "" if job.steps is None else f", T = {job.steps}"
+            return job.measure + steps + ("" if job.num_candidates is None else f", n = {job.num_candidates}")
+
         return {
             "--text": {text.name: digest(text) for text in self.texts},
             "--length": self.length,
-            "--measures": measured,
+            "--measures": list(map(called, self.jobs)),
             "--num-times": self.num_times,
         }
 
@@ -124,7 +127,7 @@ class Likelihood:
         seconds = {}
         for job in self.jobs:
             started = time.perf_counter()
-            columns = self._measure(job, x0, self.seed + begin)
+            columns = self._measure(job, x0, self.seed * len(self.texts[text].x0) + begin)
             seconds[job.key] = (time.perf_counter() - started) / len(x0)
             for i, value in enumerate(values):
                 value[job.key] = {column: _written(column_values[i]) for column, column_values in columns.items()}
@@ -215,16 +218,19 @@ class Likelihood:
         rows = []
         wanted = [(job.measure, log_Z) for log_Z in (BRACKETS if job.measure in OF_ENERGY else (None,))]
         if job.measure == "finite_step_elbo":
-            if column("exact") is not None:  # T = 1: the other two are the same number
+            if column("exact") is not None:  # the other two are the same number
                 wanted = wanted[:1]
             wanted.append(("sampler_elbo", None))
         for measure, log_Z in wanted:
             values = column("sampler" if measure == "sampler_elbo" else log_Z or "value")
-            known = bounds is not None and log_Z == "exact"  # nothing was drawn for it: one row, whatever the n
-            if values is None or (known and job.num_candidates != self._draws[0]):
+            known = log_Z == "exact"  # nothing was drawn for it: one row, whatever the n
+            if values is None or (
+                known and job != next(j for j in self.jobs if (j.measure, j.steps) == (job.measure, job.steps))
+            ):
                 continue
             drawn = None if known or measure == "sampler_elbo" else each
             shared = 0.0 if bounds is None or known else float(bounds.stderr[0]) / self.length
+            few = None if drawn is None else float(is_few(drawn, job.num_candidates).double().mean())
             rows.append(
                 {
                     "text": text.name,
@@ -235,7 +241,7 @@ class Likelihood:
                     "direction": _DIRECTIONS.get((measure, log_Z), "no bound"),
                     **units(Estimate.of(values, "nats/token", shared_stderr=shared), text.characters_per_token),
                     "ess": None if drawn is None else plain(Estimate.of(drawn, "of n")),
-                    "low_ess": None if drawn is None else float((drawn < FEW).double().mean()),
+                    "low_ess": few,
                     "sequences": len(records),
                     "length": self.length,
                     "characters_per_token": text.characters_per_token,
@@ -253,7 +259,8 @@ def _written(x: float) -> float | str:
 def jobs_of(options: argparse.Namespace, kind: str, with_energy: bool) -> list[Job]:
     """What is measured of a model. Raises ValueError where an option does not fit it."""
     possible = ("ar_nll",) if kind == "causal_lm" else ("nelbo", *OF_ENERGY) if with_energy else ("nelbo",)
-    measures = list(dict.fromkeys(options.measures or possible))
+    asked = options.measures or possible
+    measures = list(dict.fromkeys("finite_step_elbo" if measure == "sampler_elbo" else measure for measure in asked))
     for measure in measures:
         if measure not in possible:
             lacks = "; give --energy as well" if measure in OF_ENERGY and kind == "dit" else ""
@@ -271,6 +278,8 @@ def jobs_of(options: argparse.Namespace, kind: str, with_energy: bool) -> list[J
         raise ValueError(f"--energy: it is for {', '.join(OF_ENERGY)}, got --measures {' '.join(measures)}; leave it out")
     if "auto" in (counts or ()):
         raise ValueError("--num-candidates: expected numbers of draws, got auto, which is for --decode")
+    if min(counts or (2,)) < 2:
+        raise ValueError(f"--num-candidates: expected at least 2 draws for log Z, got {min(counts)}; take more")
     if options.steps and not {"nelbo", "finite_step_elbo"} & set(measures):
         raise ValueError(f"--steps: it is for nelbo, finite_step_elbo, got --measures {' '.join(measures)}; leave it out")
     jobs = []

@@ -1,32 +1,30 @@
-"""``edlm eval MODEL --decode`` and ``edlm eval FILE``: how good and how different texts are, decoded now or read from files."""
+"""``edlm eval MODEL --decode``: how good and how different texts are that are decoded here and now."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import itertools
 import json
-import re
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..data import open_text, tokenizer_from, windows
+from ..data import windows
 from ..eval.documents import REAL_TEXT
+from ..samplers import generate
 from .decoder import check, flag, given, open_decoder, special_tokens
 from .eval_document import NOTHING, ess_by_time, plain
 from .eval_likelihood import names_of, tokens_of
 from .judges import HeldOut
 from .sample_json import own_tokens
 from .text_batches import TextBatches
-
-FILES = (".jsonl", ".txt")
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,7 @@ class Scorer:
             return None
 
 
-class _Rows:
+class Rows:
     """Work whose records are rows, each with its warnings: one a batch."""
 
     first = 0
@@ -169,7 +167,7 @@ class _Rows:
 # --- decoded here and now ---------------------------------------------------------------------------------------------------------
 
 
-class Decoding(_Rows):
+class Decoding(Rows):
     """Record 0 is of real text, the next ones of texts decoded in so many steps each, the same seeds for all."""
 
     kind = "decoding"
@@ -188,7 +186,7 @@ class Decoding(_Rows):
         self.tokenizer, self.device = self.decoder.tokenizer, device
         most = None if options.block_length else getattr(self.decoder.network, "max_length", None)
         length = min(128, most or 128) if options.length is None else options.length
-        self.texts = TextBatches(num=options.num_texts, batch_size=options.batch_size or 32, seed=options.seed, length=length)
+        self.texts = TextBatches(num=options.num_texts, batch_size=options.batch_size, seed=options.seed, length=length)
         self.real, counted = self._real(length)
         held_out = HeldOut(options.text[0], counted, self.real.texts) if self._counting else None
         self.scorer = Scorer(self.options, device, self.real.texts, held_out)
@@ -241,7 +239,8 @@ class Decoding(_Rows):
     def settings(self) -> dict[str, Any]:
         (name,) = names_of(self.options.text, self.options.split).values()
         digest = hashlib.sha256(json.dumps(self.real.texts).encode()).hexdigest()
-        shaping = {flag(key): value for key, value in given(self.options).items()}
+        shaping = {flag(key): value for key, value in self._defaults().items()}
+        shaping |= {flag(key): value for key, value in given(self.options).items()}
         return {
             "--decode": self.steps,
             "--num-texts": self.texts.total,
@@ -251,10 +250,22 @@ class Decoding(_Rows):
             **shaping,
         }
 
+    def _defaults(self) -> dict[str, Any]:
+        """What texts and seconds depend on most, where it is left to the sampler."""
+        names = ["temperature"] if self.decoder.causal else ["sampler", "temperature"]
+        names += ["window", "energy_temperature"] if self.decoder.corrected else []
+        parameters = inspect.signature(generate).parameters
+        return {name: parameters[name].default for name in names} | ({"num_candidates": 8} if self.decoder.corrected else {})
+
     def records(self, number: int) -> list[dict[str, Any]]:
         started = time.perf_counter()
         if number == 0:
             row, notes = self.scorer.row(self.real, is_reference=True)
+            if len(self.real.texts) < self.texts.total:
+                notes.append(
+                    f"{len(self.real.texts)} real texts beside {self.texts.total} decoded ones: distinct-n, self-BLEU and MAUVE depend "
+                    "on their number; give a longer --text, or a smaller --num-texts"
+                )
             row = {"method": REAL_TEXT, "steps": None, **row, "nfe": None, "energy_nfe": None, "seconds": None, "ess": None}
             return [self._record(0, row, REAL_TEXT, notes, started)]
         steps = self.steps[number - 1]
@@ -295,104 +306,3 @@ class Decoding(_Rows):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
-
-
-# --- read from files --------------------------------------------------------------------------------------------------------------
-
-
-class Samples(_Rows):
-    """A record a file; the first is of real text where ``--text`` names some."""
-
-    kind = "samples"
-
-    def __init__(self, options: argparse.Namespace, device: torch.device, label: str) -> None:
-        self.options, self.label = options, label
-        if len(set(options.paths)) < len(options.paths):
-            raise ValueError(f"expected each file once, got {' '.join(options.paths)}")
-        if len(options.text or ()) > 1:
-            raise ValueError(f"--text: expected one file of real texts, got {' '.join(options.text)}")
-        if options.mauve and not options.text:
-            raise ValueError("--mauve: expected real texts to compare with, got none; give a file of them as --text")
-        self.paths = [*(options.text or ()), *options.paths]
-        read = [read_texts_of(path) for path in self.paths]
-        tokenizers = [_tokenizer_of(path) if rows is not None else None for path, (_, rows) in zip(self.paths, read, strict=True)]
-        known = tokenizers[0]
-        if known is not None and all(t is not None and t.description() == known.description() for t in tokenizers):
-            self.unit_of_diversity = "tokens"
-            self.read = [Texts.of_tokens(rows, known) for _, rows in read]
-        else:
-            self.unit_of_diversity = "characters"
-            self.read = [Texts.of_characters([_visible(text) for text in texts]) for texts, _ in read]
-        self.scorer = Scorer(options, device, self.read[0].texts)
-        self._counted = set()  # judges that have read what they score as real text
-        if options.text:
-            real = open_text(options.text[0]).identity
-            self._counted = {judge.name for judge in self.scorer.judges if getattr(judge, "counted", None) == real}
-        self.batches = [range(n, n + 1) for n in range(len(self.paths))]
-        self.total = len(self.paths)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        digests = {path: "sha256 " + hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in self.paths}
-        return {"files": digests, "--text": self.options.text, **self.scorer.settings}
-
-    def records(self, number: int) -> list[dict[str, Any]]:
-        started, path = time.perf_counter(), self.paths[number]
-        real = number == 0 and bool(self.options.text)
-        row, notes = self.scorer.row(self.read[number], is_reference=real)
-        if real:
-            notes += [f"{name} has counted the real text: what it says of that is too good" for name in sorted(self._counted)]
-        method = REAL_TEXT if real else self.label if len(self.options.paths) == 1 else Path(path).stem
-        return [self._record(number, {"method": method, "file": path, **row}, path, notes, started)]
-
-
-def read_texts_of(path: str) -> tuple[list[str], list[list[int]] | None]:
-    """The texts of a file, and the tokens of each where every record has them. ValueError names the file, and the line."""
-    if not path.endswith(FILES) or not Path(path).is_file():
-        raise ValueError(f"{path}: expected a file of texts, {' or '.join(FILES)}, got something else, or no such file")
-    try:
-        lines = Path(path).read_text(encoding="utf-8").removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8, got other bytes at {error.start}; convert it first") from None
-    if not any(line.strip() for line in lines):
-        raise ValueError(f"{path}: expected texts, got an empty file")
-    lines = lines[:-1] if lines[-1] == "" else lines
-    if not path.endswith(".jsonl"):
-        return lines, None
-    texts, tokens = [], []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise ValueError(f'{path}, line {number}: expected a JSON object with a "text", got {line[:60]!r}')
-        texts.append(record["text"])
-        own = record.get("tokens")
-        if own is not None and (not isinstance(own, list) or not all(type(i) is int for i in [*own, record.get("length", 0)])):
-            raise ValueError(
-                f'{path}, line {number}: expected "tokens" to be a list of ids, and their "length", got {line[:60]!r}'
-            )
-        tokens.append(None if own is None else own[: record.get("length", len(own))])
-    return texts, None if None in tokens else tokens
-
-
-def _tokenizer_of(path: str) -> Any:
-    """That of the model which wrote the file, where its settings lie beside it and the model is still there; or None."""
-    from .. import checkpoint
-    from .sample import contents
-
-    try:
-        described = json.loads(Path(path + ".settings.json").read_text(encoding="utf-8"))
-        if contents(described["model"]) != described["settings"]["model"]:
-            return None
-        return tokenizer_from(checkpoint.meta_of(described["model"])["tokenizer"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _visible(text: str) -> str:
-    """Without the names of special tokens, of which the ids are not known here; and cut as ``Texts.of_tokens`` cuts."""
-    from ..data.bpe import END_OF_TEXT, MASK
-
-    return re.sub(f"^({re.escape(END_OF_TEXT)})+", "", text.replace(MASK, "")).partition(END_OF_TEXT)[0]

@@ -146,9 +146,15 @@ def documents(name: str, split: str) -> Iterator[str]:
     if split not in corpus.parts:
         raise ValueError(f"split: expected one that {name} has ({', '.join(corpus.parts)}), got {split!r}")
     part = corpus.parts[split]
-    stream = _library().load_dataset(
-        corpus.path, name=corpus.config, split=part.split, revision=corpus.revision, streaming=True, **corpus.options
-    )
+    library = _library()
+    try:
+        stream = library.load_dataset(
+            corpus.path, name=corpus.config, split=part.split, revision=corpus.revision, streaming=True, **corpus.options
+        )
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{name}: the hub cannot be reached ({error}); try again with a network, or give a file or a folder of texts"
+        ) from error
     cut = _characters if corpus.by_characters else _rows
     detokenizer = corpus.detokenizer or (lambda text: text)
     return map(detokenizer, cut(name, stream, corpus.column, part))

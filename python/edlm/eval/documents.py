@@ -14,8 +14,12 @@ REAL_TEXT = "real text"  # the method of a row that is of held-out text
 UNITS = ("bits_per_character", "bits_per_token", "nats_per_token", "perplexity")
 MEASURES = ("nelbo", "ar_nll", "joint_nll", "finite_step_elbo", "sampler_elbo", "paper_joint")
 LOG_Z = (None, "exact", "lower", "upper_asymptotic")
-FEW = 2.0  # an ESS of n draws below which log Z is the affair of one or two of them
+FEW = 2.0  # an ESS below which log Z is the affair of one or two draws: see ``is_few``
 LOW_ESS = 0.1  # the most sequences that may have so few
+FEW_DRAWS = (
+    "log Z rests on one or two draws: the figure may be off by any amount, on either side (hundreds of nats were seen), and its +- says "
+    "nothing of that"
+)
 DIRECTIONS = ("exact", "upper bound", "below in expectation", "above for n large enough", "no bound")
 
 
@@ -109,7 +113,7 @@ _LIKELIHOOD = {
     "direction": _one_of(DIRECTIONS),
     **dict.fromkeys(UNITS, _ESTIMATE),
     "ess": _ESTIMATE.or_null(),
-    "low_ess": _SHARE.or_null(),  # of the sequences, those whose ESS is below FEW
+    "low_ess": _SHARE.or_null(),  # of the sequences, those whose ESS ``is_few``
     "sequences": _MANY,
     "length": _MANY,
 }
@@ -251,12 +255,25 @@ def judges(documents: Sequence[Document]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row["judges"]))
 
 
+def is_few(ess: Any, n: float) -> Any:
+    """Whether an ESS of n draws says that log Z is the affair of one or two of them: ESS < min(FEW, 0.9 n).
+
+    Two draws of nearly equal weights have an ESS just below 2 and are not few; one draw is, as its ESS of 1 says nothing.
+
+    Args:
+        ess: a number, or a floating tensor of any shape, compared element by element.
+        n: draws behind it.
+    """
+    return ess < (min(FEW, 0.9 * n) if n > 1 else FEW)
+
+
 def is_distrusted(row: Mapping[str, Any]) -> bool:
     """A likelihood whose log Z was estimated from draws of which next to none count, or that is of a probability above 1."""
     if row["log_Z"] not in ("lower", "upper_asymptotic"):
         return False
     ess, figure = row["ess"] and row["ess"]["mean"], row["nats_per_token"]["mean"]
-    return (ess is not None and ess < FEW) or (row["low_ess"] or 0) > LOW_ESS or (figure is not None and figure < 0)
+    few = ess is not None and is_few(ess, row["num_candidates"] or math.inf)
+    return few or (row["low_ess"] or 0) > LOW_ESS or (figure is not None and figure < 0)
 
 
 def judge_identity(document: Document, row: Mapping[str, Any], judge: str) -> str | None:

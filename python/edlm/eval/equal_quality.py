@@ -12,6 +12,8 @@ from .documents import Document, judge_identity, machine_of, seconds_of_a_text
 
 ENTROPY_TOLERANCE = 0.05  # bits
 LEFT_OUT = 0.1  # of the words: a judge that leaves out more says little of the text
+_NEAR = "within one error of the baseline's best"
+_UNKNOWN = "the baseline never reaches this score, but an error is not known"
 
 Rows = Sequence[tuple[Document, dict[str, Any]]]  # of texts
 
@@ -39,7 +41,7 @@ class Match:
     high: float | None = None
     why: str = ""  # there is no ratio
     slower: bool = False  # at like entropy, be there a ratio or not
-    better: bool = False  # than any point of the baseline
+    better: bool = False  # than any point of the baseline, by more than one standard error
 
 
 def speed_at_equal_quality(
@@ -54,7 +56,9 @@ def speed_at_equal_quality(
     texts that repeat themselves.
 
     low and high are the ratios at score +- sqrt(stderr^2 + the baseline's stderr^2), the latter interpolated between independent
-    neighbours; None where the envelope ends before, or an error is not known. The clock is taken as exact.
+    neighbours; None where the envelope ends before, or an error is not known. The clock is taken as exact. A score is better than the
+    baseline's best where it is lower by more than that error. Texts of models that were decoded with the same seeds are correlated
+    somewhat, and the error is then on the large side.
 
     Args:
         points, baseline: of the model and of the baseline, in any order; scores of one judge on texts of one length.
@@ -82,7 +86,10 @@ def _match(point: Point, envelope: Sequence[Point], tolerance: float) -> Match:
         return Match(point, why="no point of the baseline has a score and seconds")
     fastest, best = envelope[0], envelope[-1]
     if point.score < best.score:
-        return Match(point, why="the baseline never reaches this score", better=True)
+        if point.stderr is None or best.stderr is None:
+            return Match(point, why=_UNKNOWN)
+        better = point.score + math.hypot(point.stderr, best.stderr) < best.score
+        return Match(point, why="the baseline never reaches this score" if better else _NEAR, better=better)
     if point.score > fastest.score:
         if fastest.seconds > point.seconds:
             return Match(point, why="no texts of the baseline are this poor")
@@ -168,7 +175,7 @@ def why_not_compared(rows: Rows, judge: str) -> str:
 
 
 def summary(matches: Sequence[Match]) -> str:
-    """One line of a model's points. Slower throughout is said only of what is so by a standard error."""
+    """One line of a model's points. Better, and slower throughout, are said only of what is so by a standard error."""
     ratios = [m.ratio for m in matches if m.ratio is not None]
     known = [m for m in matches if m.slower or m.ratio is not None]
     surely = [m for m in known if m.slower and (m.ratio is None or (m.high is not None and m.high < 1))]
@@ -176,8 +183,10 @@ def summary(matches: Sequence[Match]) -> str:
     said = "slower at every score that can be compared, " if known and len(surely) == len(known) else ""
     if ratios:
         span = " to ".join(dict.fromkeys((f"{min(ratios):.2f}", f"{max(ratios):.2f}")))
-        said += f"ratio {span} at {len(ratios)} of {len(matches)} points"
+        whys = [m.why for m in matches if m.why in (_NEAR, _UNKNOWN)]
+        said += f"ratio {span} at {len(ratios)} of {len(matches)} points" + ("; " if whys else "")
     else:
         whys = [m.why for m in matches if not m.better and not (said and m.slower)]
-        said += "no ratio" + (": " if whys else "") + "; ".join(f"{why} ({whys.count(why)})" for why in dict.fromkeys(whys))
+        said += "no ratio" + (": " if whys else "")
+    said += "; ".join(f"{why} ({whys.count(why)})" for why in dict.fromkeys(whys))
     return said + (f"; at {better} of {len(matches)} points its score is better than the baseline's best" if better else "")

@@ -10,7 +10,7 @@ from functools import partial
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from .documents import REAL_TEXT, Document, decodings, judges, likelihoods, real_texts, seconds_of_a_text
+from .documents import REAL_TEXT, Document, decodings, is_distrusted, judges, likelihoods, real_texts, seconds_of_a_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -192,6 +192,7 @@ _KINDS = {
     ),
     "exact": ("log Z exact", {"color": _GREY, "linestyle": ":"}),
 }
+_HOLLOW = {"linestyle": "none", "markerfacecolor": "white"}
 
 
 def _bounds(documents: Sequence[Document], styles: dict[str, Style]) -> list[_Panel]:
@@ -206,6 +207,8 @@ def _bounds(documents: Sequence[Document], styles: dict[str, Style]) -> list[_Pa
             kinds = {row["log_Z"] for rows in drawn.values() for row in rows}
             keys = {label: {"color": styles[label]["color"]} for label in drawn}  # lines and marks say which log Z it is
             keys |= dict(key for kind, key in _KINDS.items() if kind in kinds)
+            if any(is_distrusted(row) for rows in drawn.values() for row in rows):
+                keys["hollow: not to be trusted"] = {"color": _GREY, "marker": "o", **_HOLLOW}
             panels.append(
                 _Panel(
                     f"{text}: joint NLL, T = 1",
@@ -220,16 +223,22 @@ def _bounds(documents: Sequence[Document], styles: dict[str, Style]) -> list[_Pa
 
 def _brackets(axes: Axes, drawn: dict[str, list[_Row]], styles: dict[str, Style]) -> None:
     _logarithmic(axes, 2, [row["num_candidates"] for rows in drawn.values() for row in rows if row["num_candidates"]])
-    for label, rows in drawn.items():
-        for kind, (_, line) in _KINDS.items():
-            style = line | {"color": styles[label]["color"]}
-            there = [row for row in rows if row["log_Z"] == kind]
+    for kind, (_, line) in _KINDS.items():
+        of_label = {label: [row for row in rows if row["log_Z"] == kind] for label, rows in drawn.items()}
+        points = {label: [(row["num_candidates"], row[_UNIT]["mean"]) for row in rows] for label, rows in of_label.items()}
+        hidden = list(points.values())  # by later ones of the same points: so much wider, to be seen around them
+        for label, rows in of_label.items():
+            hidden.remove(points[label])
+            wider = hidden.count(points[label])
+            style = line | {"color": styles[label]["color"], "linewidth": 1.4 + 2.5 * wider, "markersize": 5 + 4 * wider}
             if kind == "exact":
-                for row in there:
-                    axes.axhline(row[_UNIT]["mean"], linewidth=1.2, **style)
-            elif there:
-                draws = [{"mean": row["num_candidates"], "stderr": None} for row in there]
-                _curve(axes, draws, [row[_UNIT] for row in there], style)
+                for row in rows:
+                    axes.axhline(row[_UNIT]["mean"], **style)
+            elif rows:
+                draws = [{"mean": row["num_candidates"], "stderr": None} for row in rows]
+                _curve(axes, draws, [row[_UNIT] | ({"stderr": None} if is_distrusted(row) else {}) for row in rows], style)
+                few = [point for point, row in zip(points[label], rows, strict=True) if is_distrusted(row)]
+                axes.plot([n for n, _ in few], [mean for _, mean in few], **style | _HOLLOW)
 
 
 # --- style ------------------------------------------------------------------------------------------------------------------------
@@ -243,13 +252,11 @@ def _curve(axes: Axes, x: Sequence[dict[str, Any]], y: Sequence[dict[str, Any]],
         [e["mean"] for e in y],
         xerr=bars[0],
         yerr=bars[1],
-        linewidth=1.4,
-        markersize=5,
         markeredgecolor="white",
         markeredgewidth=0.6,
         capsize=2,
         elinewidth=1,
-        **style,
+        **{"linewidth": 1.4, "markersize": 5} | style,
     )
 
 

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from textwrap import wrap
 from typing import Any
 
-from .documents import UNITS, Document, decodings, is_distrusted, judge_identity, judges, likelihoods, machine_of, real_texts
+from .documents import (
+    FEW_DRAWS,
+    UNITS,
+    Document,
+    decodings,
+    is_distrusted,
+    judge_identity,
+    judges,
+    likelihoods,
+    machine_of,
+    real_texts,
+)
 from .equal_quality import ENTROPY_TOLERANCE, Rows, points_of, speed_at_equal_quality, summary, timed_and_scored, why_not_compared
 
 _DISTRUSTED = "not to be trusted"
@@ -17,7 +29,7 @@ _PAPER_JOINT = (
     "marginals of p(x0 | xt) alone. For carried-over AR energies it equals the AR NLL, of whatever model and data; for a perfect joint "
     "it lies below the entropy of the data. It is here to be compared with printed figures."
 )
-_FEW_DRAWS = "log Z rests on one or two draws: the figure may be off by tens of nats, on either side."
+_FEW_DRAWS = f"{FEW_DRAWS.replace('+-', '±')} and is left out."
 _EXACT_JOINT = "With an autoregressive energy this is the likelihood of that model itself, and says nothing of decoding."
 _DIRECTIONS = {
     "exact": "the negative log-likelihood itself; its error is that of the choice of texts.",
@@ -30,7 +42,7 @@ _DIRECTIONS = {
 _MEASURES = {
     "nelbo": "negative ELBO of the proposal alone, whatever the energy; in continuous time or of T steps.",
     "ar_nll": "negative log-likelihood of an autoregressive model.",
-    "joint_nll": "negative log-likelihood of texts that are drawn in one step, T = 1.",
+    "joint_nll": "negative log-likelihood of texts that are drawn in one step, T = 1; the draws of a smaller n are the first of a larger one.",
     "finite_step_elbo": "negative ELBO of T steps of the ideal energy model, not of a sampler with finitely many candidates.",
     "sampler_elbo": "negative ELBO of the sampler that picks one of n candidates in each of T steps (window 0 1); no log Z is needed.",
     "paper_joint": "the published perplexity formula.",
@@ -127,6 +139,13 @@ def _estimate(value: Mapping[str, float | None] | None, digits: int, *, null: st
     return f"{value['mean']:.{digits}f}{error}"
 
 
+def _ess(value: Mapping[str, float | None] | None) -> str:
+    """Two digits, rounded down: what is just below the ESS that is asked for is to look so."""
+    if value is None or value["mean"] is None:
+        return _NONE
+    return _estimate({**value, "mean": math.floor(round(100 * value["mean"], 6)) / 100}, 2)
+
+
 def _number(value: float | None, digits: int | None = None) -> str:
     """Three significant figures, or so many digits."""
     if value is None:
@@ -194,10 +213,15 @@ def _unlike(what: str, found: Iterable[tuple[str, str | None, str]]) -> list[str
 
 
 def _unlike_texts(documents: Sequence[Document], *kinds: str) -> list[str]:
-    of_kinds = [
-        document for document in documents if document.kind in kinds and isinstance(document.settings.get("--text"), dict)
-    ]
-    return _unlike("The text", ((name, str(is_), one.path) for one in of_kinds for name, is_ in one.settings["--text"].items()))
+    """A digest is of the windows that were taken: it tells texts apart where their number and length are the same."""
+    found: dict[Any, list[tuple[str, str, str]]] = {}
+    for document in documents:
+        of = document.settings.get("--text")
+        for name, is_ in of.items() if document.kind in kinds and isinstance(of, dict) else ():
+            rows = [row for row in document.rows if row.get("text", name) == name]
+            sizes = frozenset((row["sequences"] if "sequences" in row else row["num_texts"], row["length"]) for row in rows)
+            found.setdefault((name, sizes), []).append((name, str(is_), document.path))
+    return [line for alike in found.values() for line in _unlike("The text", alike)]
 
 
 def _likelihood(documents: Sequence[Document], unit: str, pictures: Sequence[str]) -> list[str]:
@@ -216,15 +240,21 @@ def _likelihood(documents: Sequence[Document], unit: str, pictures: Sequence[str
     for (label, measure, steps, n, log_z, is_), of_text in groups.items():
         ess = [of_text[text]["ess"] if text in of_text else None for text in texts]
         name = measure + (notes.mark(_PAPER_JOINT) if measure == "paper_joint" else "")
-        name += notes.mark(_EXACT_JOINT) if measure == "joint_nll" and log_z == "exact" else ""
+        exact = log_z == "exact"  # nothing was drawn
+        name += notes.mark(_EXACT_JOINT) if exact and measure in ("joint_nll", "finite_step_elbo") else ""
         time = "continuous" if measure in ("nelbo", "paper_joint") and steps is None else _NONE
         row = {"model": _plain(label), "measure": name, "T": time if steps is None else str(steps)}
-        row |= {"log Z": _LOG_Z[log_z], "n": _number(n, 0), "is": is_ + (notes.mark(_FEW_DRAWS) if is_ == _DISTRUSTED else "")}
+        few = is_ == _DISTRUSTED
         row |= {
-            _plain(text): _estimate(of_text[text][unit] if text in of_text else None, digits, null="not finite") for text in texts
+            "log Z": _LOG_Z[log_z],
+            "n": _NONE if exact else _number(n, 0),
+            "is": is_ + (notes.mark(_FEW_DRAWS) if few else ""),
         }
-        known = any(e is not None for e in ess)
-        row[effective] = " / ".join(_estimate(e, 1) for e in ess) if known else _NONE
+        for text in texts:
+            value = of_text[text][unit] if text in of_text else None
+            value = value | {"stderr": None} if value and few else value  # the error of log Z is not in it
+            row[_plain(text)] = _estimate(value, digits, null="not finite")
+        row[effective] = _NONE if exact or not any(ess) else " / ".join(map(_ess, ess))
         rows.append(row)
     lines = [
         "## Likelihood",
@@ -237,6 +267,8 @@ def _likelihood(documents: Sequence[Document], unit: str, pictures: Sequence[str
     lines += [*_unlike_texts(documents, "likelihood"), *_other_windows(found, texts)]
     if unit != "bits_per_character":
         lines += ["What is counted per token compares only models of one tokenizer.", ""]
+    if unit == "perplexity":
+        lines += ["What is said of a perplexity holds of its logarithm: it is the exponential of a figure that is so.", ""]
     for words, at in ((_MEASURES, 1), (_DIRECTIONS, -1)):
         there = {key[at] for key in groups}
         lines += [*(f"- {name}: {meaning}" for name, meaning in words.items() if name in there), ""]
