@@ -125,9 +125,9 @@ def decoding(label, *, gain, energy=None, slower=1.0, steps=(4, 8, 16, 32, 64, 1
     return document("decoding", label, rows)
 
 
-def curve(label, points, **changes):
+def curve(label, points, stderr=None, **changes):
     """A document of texts, scored by a judge j: (steps, seconds of a text, bits, entropy) each."""
-    rows = [texts_row(label, steps, {"j": (bits, None)}, entropy, 64 * seconds) for steps, seconds, bits, entropy in points]
+    rows = [texts_row(label, steps, {"j": (bits, stderr)}, entropy, 64 * seconds) for steps, seconds, bits, entropy in points]
     return document("decoding", label, rows) | changes
 
 

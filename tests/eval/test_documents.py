@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from edlm.eval.documents import decodings, judges, likelihoods, read_documents, real_texts
+import torch
+from edlm.eval.documents import decodings, is_distrusted, is_few, judges, likelihoods, read_documents, real_texts
 from eval_documents import decoding, document, estimate, likelihood_row, plausible, real_text_row, texts_row, write
 
 
@@ -75,6 +76,30 @@ def test_shares_and_counts_that_may_be_missing(tmp_path):
     for given in ({}, {"left_out": None, "skipped": None}, {"left_out": 1, "skipped": 3}):
         assert read(tmp_path, changed("judges", {"j": judge(**given)}, "decoding"))
     assert read(tmp_path, small())[0].rows[0]["low_ess"] is None
+
+
+@pytest.mark.parametrize(
+    ("ess", "n", "few"),
+    [
+        (1.0, 1, True),
+        (1.79, 2, True),
+        (1.9997, 2, False),
+        (1.9997, 3, True),
+        (1.9997, 64, True),
+        (2.0, 3, False),
+        (9.0, 64, False),
+    ],
+)
+def test_few_draws(ess, n, few):
+    """Two draws of a perfect proposal have an ESS of just below 2."""
+    assert is_few(ess, n) is few
+    assert is_few(torch.tensor([ess, 3.0], dtype=torch.float64), n).tolist() == [few, False]
+    assert is_distrusted(likelihood_row("t", "joint_nll", 1.0, n=n, log_Z="lower", ess=ess, low_ess=None)) is few
+
+
+def test_few_draws_of_how_many_is_not_known():
+    row = likelihood_row("t", "joint_nll", 1.0, log_Z="lower", low_ess=None)
+    assert is_distrusted(row | {"ess": estimate(1.9)}) and not is_distrusted(row | {"ess": estimate(2.0)})
 
 
 def test_real_text_of_other_measurements_is_another_row(tmp_path):

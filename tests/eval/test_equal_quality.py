@@ -62,13 +62,24 @@ def test_one_standard_error_either_way():
 
 
 def test_nothing_beyond_the_scores_of_both():
-    better = point(1.0, 0.9)
-    assert one(better) == Match(better, why="the baseline never reaches this score", better=True)
+    better, errors = point(1.0, 0.9, stderr=0.03), [replace(p, stderr=0.04) for p in BASELINE]
+    assert one(better, errors) == Match(better, why="the baseline never reaches this score", better=True)
     poor = point(0.5, 3.1)
     assert one(poor) == Match(poor, why="no texts of the baseline are this poor")
     slow = point(1.5, 3.1)
     assert one(slow) == Match(slow, why="slower: the baseline's fastest texts are better", slower=True)
     assert one(better, []).why == "no point of the baseline has a score and seconds"
+
+
+def test_better_is_said_by_one_standard_error():
+    errors = [replace(p, stderr=0.04) for p in BASELINE]
+    for score, better in ((0.949, True), (0.951, False), (0.999, False)):  # 1 - sqrt(0.03^2 + 0.04^2) is 0.95
+        match = one(point(1.0, score, stderr=0.03), errors)
+        why = "the baseline never reaches this score" if better else "within one error of the baseline's best"
+        assert (match.better, match.why, match.ratio) == (better, why, None)
+    for of, baseline in ((point(1.0, 0.5), errors), (point(1.0, 0.5, stderr=0.03), BASELINE)):
+        match = one(of, baseline)
+        assert (match.better, match.why) == (False, "the baseline never reaches this score, but an error is not known")
 
 
 def test_nothing_where_entropies_differ():
@@ -113,6 +124,14 @@ def test_scores_that_the_baseline_has_not_are_said():
     assert said(point(1.0, 0.9), point(2.0, 0.5)) == f"no ratio; at 2 {better}"
     assert said(point(0.5, 3.1), point(1.0, 0.9)) == f"no ratio: no texts of the baseline are this poor (1); at 1 {better}"
     assert said(point(1.0, 2.5, 5.0)) == "no ratio: entropy 1.010 bits below (1)"
+    near = "within one error of the baseline's best"
+    assert said(point(1.0, 0.999), point(2.0, 0.99)) == f"no ratio: {near} (2)"
+    assert said(point(1.0, 2.5), point(1.0, 0.999)) == f"ratio 2.00 at 1 of 2 points; {near} (1)"
+    assert said(point(1.0, 2.5), point(1.0, 0.999), point(1.0, 0.5)) == (
+        f"ratio 2.00 at 1 of 3 points; {near} (1); at 1 of 3 points its score is better than the baseline's best"
+    )
+    unknown = "the baseline never reaches this score, but an error is not known"
+    assert said(point(4.0, 2.5), point(1.0, 0.5), stderr=None) == f"ratio 0.50 at 1 of 2 points; {unknown} (1)"
 
 
 CURVE = [(1, 1.0, 3.0, 6.0), (4, 4.0, 2.0, 6.02)]

@@ -122,8 +122,39 @@ def test_bounds_need_several_n(drawn):
         "log Z lower: below in expectation",
         "log Z upper, asymptotic: above for n large enough",
         "log Z exact",
+        "hollow: not to be trusted",
     ]
     assert drawn(document("likelihood", "F", single)) == {}
+
+
+@needs_matplotlib
+def test_bounds_that_are_not_to_be_trusted_are_hollow(drawn):
+    ess = {2: 1.9, 4: 1.9, 8: 5.0}
+    rows = [likelihood_row("t", "joint_nll", 1 + n, steps=1, n=n, log_Z="lower", ess=of) for n, of in ess.items()]
+    figure = drawn(document("likelihood", "E", rows))["bounds_vs_n.png"]
+    axes = figure.axes[0]
+    (hollow,) = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
+    assert hollow.get_xydata().tolist() == [[4, 5]] and hollow.get_linestyle() == "None"
+    (curve,) = axes.containers
+    assert hollow.get_zorder() > curve[0].get_zorder() and hollow.get_markeredgecolor() == curve[0].get_color()
+    bars = [high - low for low, high in (segment[:, 1] for segment in curve[2][0].get_segments())]
+    assert bars == [pytest.approx(0.02), pytest.approx(0.0), pytest.approx(0.02)], "the error of log Z is not in it"
+    assert legend(figure)[-1] == "hollow: not to be trusted"
+    trusted = drawn(document("likelihood", "E", [rows[0], rows[2]]))["bounds_vs_n.png"]
+    assert "hollow" not in legend(trusted)[-1]
+
+
+@needs_matplotlib
+def test_bounds_that_coincide_are_both_seen(drawn):
+    exact = likelihood_row("t", "joint_nll", 1.5, steps=1, log_Z="exact")
+    of = {"A": bounds("A", "t", 1.5, 0.2), "B": bounds("B", "t", 1.5, 0.2), "C": bounds("C", "t", 1.6, 0.2)}
+    axes = drawn(*(document("likelihood", label, [*rows, exact]) for label, rows in of.items()))["bounds_vs_n.png"].axes[0]
+    lower = [container[0] for container in axes.containers][:3]
+    assert lower[0].get_xydata().tolist() == lower[1].get_xydata().tolist()
+    assert lower[0].get_linewidth() > lower[1].get_linewidth() == lower[2].get_linewidth()
+    assert lower[0].get_markersize() > lower[1].get_markersize()
+    known = [line.get_linewidth() for line in axes.lines if line.get_linestyle() == ":"]
+    assert known == sorted(set(known), reverse=True) and len(known) == 3
 
 
 @needs_matplotlib

@@ -7,17 +7,7 @@ import re
 import pytest
 from edlm.eval.documents import read_documents
 from edlm.eval.report import page
-from eval_documents import (
-    curve,
-    decoding,
-    document,
-    estimate,
-    likelihood_row,
-    plausible,
-    real_text_row,
-    texts_row,
-    write,
-)
+from eval_documents import curve, decoding, document, estimate, likelihood_row, plausible, real_text_row, texts_row, write
 
 
 @pytest.fixture
@@ -99,13 +89,15 @@ Perplexity of each text; low is good.
 | model | measure         | T          | log Z | n   | is                    | a            | b      | ESS of n, of each text |
 |-------|-----------------|------------|-------|-----|-----------------------|--------------|--------|------------------------|
 | AR    | ar_nll          | -          | -     | -   | exact                 | 87.43 ± 2.61 | 184.18 | -                      |
-| AR    | paper_joint (1) | continuous | lower | 8   | not to be trusted (2) | 41.50 ± 2.47 | -      | 1.5 ± 0.1 / -          |
+| AR    | paper_joint (1) | continuous | lower | 8   | not to be trusted (2) | 41.50        | -      | 1.50 ± 0.10 / -        |
 
 (1) paper_joint is no bound of anything: it weights the joint -log p(x0 | xt) by 1/t, while the ELBO in continuous time has the marginals of p(x0 | xt) alone. For carried-over AR energies it equals the AR NLL, of whatever model and data; for a perfect joint it lies below the entropy of the data. It is here to be compared with printed figures.
 
-(2) log Z rests on one or two draws: the figure may be off by tens of nats, on either side.
+(2) log Z rests on one or two draws: the figure may be off by any amount, on either side (hundreds of nats were seen), and its ± says nothing of that and is left out.
 
 What is counted per token compares only models of one tokenizer.
+
+What is said of a perplexity holds of its logarithm: it is the exponential of a figure that is so.
 
 - ar_nll: negative log-likelihood of an autoregressive model.
 - paper_joint: the published perplexity formula.
@@ -210,11 +202,11 @@ def test_paper_joint_is_never_without_its_warning(made):
     ],
 )
 def test_a_worthless_log_Z_is_no_result(made, log_Z, bits, ess, low_ess, trusted):
-    row = likelihood_row("t", "joint_nll", bits, None, steps=1, n=4, log_Z=log_Z, ess=ess, low_ess=low_ess)
+    row = likelihood_row("t", "joint_nll", bits, 0.01, steps=1, n=4, log_Z=log_Z, ess=ess, low_ess=low_ess)
     text = made(document("likelihood", "E", [row]))
     assert column(text, "is") == [row["direction"] if trusted else "not to be trusted (1)"]
-    assert column(text, "t") == [f"{bits:.4f}"]  # an error that is not known is not shown
-    assert ("(1) log Z rests on one or two draws: the figure may be off by tens of nats" in text) != trusted
+    assert column(text, "t") == [f"{bits:.4f} ± 0.0100" if trusted else f"{bits:.4f}"]  # the error of log Z is not in it
+    assert ("(1) log Z rests on one or two draws: the figure may be off by any amount" in text) != trusted
     assert (f"- {row['direction']}: " in text) == trusted
 
 
@@ -222,15 +214,33 @@ def test_a_log_Z_is_worthless_for_its_text_alone(made):
     rows = [likelihood_row(text, "joint_nll", 1.0, steps=1, n=4, log_Z="lower", ess=ess) for text, ess in (("t", 1), ("u", 3))]
     text = made(document("likelihood", "E", rows))
     assert column(text, "is") == ["not to be trusted (1)", "below in expectation"]
-    assert column(text, "u") == ["-", "1.0000 ± 0.0100"] and column(text, "t") == ["1.0000 ± 0.0100", "-"]
+    assert column(text, "u") == ["-", "1.0000 ± 0.0100"] and column(text, "t") == ["1.0000", "-"]
+
+
+def test_an_ess_that_is_too_small_looks_so(made):
+    ess = (1.9997, 1.15, 2.3, None)
+    rows = [likelihood_row("t", "joint_nll", 1.0, n=n, log_Z="lower", ess=of) for n, of in enumerate(ess, 4)]
+    text = made(document("likelihood", "E", rows))
+    assert column(text, "ESS of n") == ["1.99 ± 0.10", "1.15 ± 0.10", "2.30 ± 0.10", "-"]
+
+
+def test_what_is_known_has_no_draws(made):
+    rows = [likelihood_row("t", "joint_nll", 1.0, steps=1, n=8, log_Z=log_Z, ess=3) for log_Z in ("exact", "lower")]
+    text = made(document("likelihood", "E", rows))
+    assert column(text, "n") == ["-", "8"] and column(text, "ESS of n") == ["-", "3.00 ± 0.10"]
+    alone = made(document("likelihood", "E", rows[:1]))
+    assert "ESS" not in alone and "| n " not in alone
 
 
 def test_whose_likelihood_it_is_is_said(made):
     joint = [likelihood_row("t", "joint_nll", 1.0, steps=1, log_Z=z, n=n, ess=n) for z, n in (("exact", None), ("lower", 8))]
     text = made(document("likelihood", "E", [likelihood_row("t", "nelbo", 2.0), *joint], energy="an energy"))
     assert column(text, "measure") == ["nelbo", "joint_nll (1)", "joint_nll"]
+    assert "T = 1; the draws of a smaller n are the first of a larger one." in text
     assert "(1) With an autoregressive energy this is the likelihood of that model itself, and says nothing of decoding." in text
     assert "- nelbo: negative ELBO of the proposal alone, whatever the energy" in text
+    steps = [likelihood_row("t", "finite_step_elbo", 1.0, steps=1, log_Z=log_Z) for log_Z in ("exact", "lower")]
+    assert column(made(document("likelihood", "E", steps)), "measure") == ["finite_step_elbo (1)", "finite_step_elbo"]
 
 
 def test_settings_that_all_share_come_once_and_digests_are_short(made):
@@ -275,13 +285,27 @@ def test_units(made, unit, cell):
     text = made(document("likelihood", "E", [likelihood_row("t", "nelbo", 1.0)]), unit=unit)
     assert column(text, "t") == [cell] and f"{unit.replace('_', ' ').capitalize()} of each text" in text
     assert ("only models of one tokenizer" in text) == (unit != "bits_per_character")
+    assert ("a perplexity holds of its logarithm" in text) == (unit == "perplexity")
 
 
 def test_other_windows_of_a_text_are_said(made):
     rows = [likelihood_row("t", "nelbo", 1.0), likelihood_row("u", "nelbo", 1.0)]
     other = [likelihood_row("t", "nelbo", 1.0, length=64), likelihood_row("u", "nelbo", 1.0)]
-    text = made(document("likelihood", "A", rows), document("likelihood", "B", other))
+    plain = [
+        document("likelihood", label, of, settings={"--text": {"t": label, "u": digest}})
+        for label, of, digest in (("A", rows, "1"), ("B", other, "1"), ("C", other, "2"))
+    ]
+    text = made(*plain[:2])
     assert "Not the same windows of t: 512 of 128 tokens: A; 512 of 64 tokens: B." in text and "windows of u" not in text
+    assert "The text" not in text, "a digest is of the windows"
+    text = made(*plain)
+    assert "The text t is not the same in 1.json and in 2.json." in text
+    assert "The text u is not the same in 0.json, 1.json and in 2.json." in text
+    fewer = [row | {"sequences": 64} for row in rows]
+    assert "The text" not in made(plain[0], document("likelihood", "D", fewer, settings={"--text": {"t": "D"}}))
+    real = [real_text_row(), real_text_row(num_texts=32)]
+    decoded = [document("decoding", str(i), [row], settings={"--text": {"t": i}}) for i, row in enumerate(real)]
+    assert "The text" not in made(*decoded)
 
 
 def test_files_of_samples_alone(made):
@@ -297,18 +321,18 @@ def test_files_of_samples_alone(made):
 
 def test_speed_by_hand(made):
     faster = [(1, 1.0, 2.5, 6.0), (2, 1.6, 2.0, 6.1), (4, 3.0, 1.9, 6.0)]
-    model = curve("E", faster)
+    base, model = curve("B", BASELINE, 0.01), curve("E", faster, 0.01)
     model["rows"][0]["energy_nfe"] = 1
-    text = section(made(curve("B", BASELINE), model), "Speed at equal quality")
+    text = section(made(base, model), "Speed at equal quality")
     assert "- E against B: ratio 2.00 at 1 of 3 points; at 1 of 3 points its score is better than the baseline's best.\n" in text
     assert [row[1:] for row in cells(text, "E")] == [
-        ["1", "2.500", "1", "2", "6.000", "6.010", "2.00 (- to -)"],
-        ["2", "2.000", "1.6", "4", "6.100", "6.020", "entropy 0.080 bits above"],
-        ["4", "1.900", "3", "-", "6.000", "-", "the baseline never reaches this score"],
+        ["1", "2.500 ± 0.010", "1", "2", "6.000", "6.010", "2.00 (1.97 to 2.03)"],  # 2 * 4 ** -+ sqrt(0.00015)
+        ["2", "2.000 ± 0.010", "1.6", "4", "6.100", "6.020", "entropy 0.080 bits above"],
+        ["4", "1.900 ± 0.010", "3", "-", "6.000", "-", "the baseline never reaches this score"],
     ]
-    wide = section(made(curve("B", BASELINE), model, entropy_tolerance=0.1), "Speed at equal quality")
+    wide = section(made(base, model, entropy_tolerance=0.1), "Speed at equal quality")
     assert "ratio 2.00 to 2.50 at 2 of 3 points; at 1" in wide and "more than 0.1 bits" in wide
-    turned = section(made(curve("B", BASELINE), model, baseline="E"), "Speed at equal quality")
+    turned = section(made(base, model, baseline="E"), "Speed at equal quality")
     assert "B against E: slower at every score that can be compared, no ratio: entropy 0.080 bits below (1)." in turned
 
 

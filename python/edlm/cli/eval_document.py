@@ -99,7 +99,7 @@ def _likelihood(document: dict[str, Any], unit: str) -> list[str]:
                 *([_LOG_Z[log_Z]] if with_energy else []),
                 "not to be trusted" if doubted else direction,
                 *(estimate(columns[text][key]) if text in columns else "-" for text in texts),
-                *([f"{min(ess):.2f} of {row['num_candidates']}{' !' * doubted}" if ess else "-"] if with_energy else []),
+                *([f"{math.floor(100 * min(ess) + 1e-6) / 100:.2f} of {row['num_candidates']}{' !' * doubted}" if ess else "-"] if with_energy else []),
                 f"{sum(column['sequences'] for column in columns.values()) / seconds:.3g}",
             ]
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,30 @@ from typing import Any
 FORMAT = 1
 REAL_TEXT = "real text"  # the method of a row that is of held-out text
 UNITS = ("bits_per_character", "bits_per_token", "nats_per_token", "perplexity")
-MEASURES = ("nelbo", "ar_nll", "joint_nll", "finite_step_elbo", "sampler_elbo", "paper_joint")
+MEASURES = {  # and what they are, in words
+    "nelbo": "negative ELBO of the proposal alone, whatever the energy; in continuous time or of T steps.",
+    "ar_nll": "negative log-likelihood of an autoregressive model.",
+    "joint_nll": "negative log-likelihood of texts that are drawn in one step, T = 1; the draws of a smaller n are the first of a "
+    "larger one.",
+    "finite_step_elbo": "negative ELBO of T steps of the ideal energy model, not of a sampler with finitely many candidates.",
+    "sampler_elbo": "negative ELBO of the sampler that picks one of n candidates in each of T steps (window 0 1); no log Z is needed.",
+    "paper_joint": "the published perplexity formula.",
+}
 LOG_Z = (None, "exact", "lower", "upper_asymptotic")
 FEW = 2.0  # an ESS below which log Z is the affair of one or two draws: see ``is_few``
 LOW_ESS = 0.1  # the most sequences that may have so few
 FEW_DRAWS = (
-    "log Z rests on one or two draws: the figure may be off by any amount, on either side (hundreds of nats were seen), and its +- says "
-    "nothing of that"
+    "log Z rests on one or two draws: the figure may be off by any amount, on either side (hundreds of nats were seen), and its +- "
+    "says nothing of that"
 )
-DIRECTIONS = ("exact", "upper bound", "below in expectation", "above for n large enough", "no bound")
+DIRECTIONS = {  # and what they say
+    "exact": "the negative log-likelihood itself; its error is that of the choice of texts.",
+    "upper bound": "at or above the negative log-likelihood, in expectation.",
+    "below in expectation": "log Z from n draws is too low on average (Jensen), and so is this number: no upper bound.",
+    "above for n large enough": "log Z estimated from above, which holds for n large enough (Deng et al., arXiv 2004.11714) and fails "
+    "for few draws of heavy-tailed weights.",
+    "no bound": "not known to be above or below the negative log-likelihood.",
+}
 
 
 @dataclass(frozen=True)
@@ -58,8 +73,8 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def _one_of(values: Sequence[str | None]) -> _Field:
-    return _Field(f"one of {', '.join(map(json.dumps, values))}", lambda value: value in values)
+def _one_of(values: Iterable[str | None]) -> _Field:
+    return _Field(f"one of {', '.join(map(json.dumps, values))}", lambda value: value in list(values))
 
 
 def _map_of(field: _Field) -> _Field:
@@ -220,7 +235,7 @@ def likelihoods(documents: Sequence[Document]) -> list[tuple[str, dict[str, Any]
 
     def order(item: tuple[str, dict[str, Any]]) -> tuple[int, ...]:
         label, row = item
-        ranks = MEASURES.index(row["measure"]), row["steps"] or 0, row["num_candidates"] or 0, LOG_Z.index(row["log_Z"])
+        ranks = list(MEASURES).index(row["measure"]), row["steps"] or 0, row["num_candidates"] or 0, LOG_Z.index(row["log_Z"])
         return labels.index(label), *ranks
 
     return sorted(found, key=order)
@@ -283,6 +298,16 @@ def judge_identity(document: Document, row: Mapping[str, Any], judge: str) -> st
         return None
     identity = list(given.values())[names.index(judge)]
     return None if identity is None else json.dumps(identity, sort_keys=True)
+
+
+def digests(documents: Sequence[Document], *kinds: str) -> Iterator[tuple[str, frozenset[tuple[int, int]], str, str]]:
+    """(text, (number, length) of its windows, digest, path) of documents of these kinds. A digest is of the windows that were taken."""
+    for document in documents:
+        of = document.settings.get("--text")
+        for name, digest in of.items() if document.kind in kinds and isinstance(of, dict) else ():
+            rows = [row for row in document.rows if row.get("text") == name or row.get("method") == REAL_TEXT]
+            number = "sequences" if document.kind == "likelihood" else "num_texts"
+            yield name, frozenset((row[number], row["length"]) for row in rows), str(digest), document.path
 
 
 def machine_of(document: Document) -> str:

@@ -45,7 +45,8 @@ def draw(documents: Sequence[Document]) -> dict[str, bytes]:
 
     quality_vs_steps.png, quality_vs_seconds.png and quality_vs_entropy.png have a panel a judge, ess_vs_t.png one for each number of
     steps, bounds_vs_n.png one a text of which there are joint NLLs of several n. A colour is a label throughout; bars are one
-    standard error, where it is known.
+    standard error, where it is known. A bound that is not to be trusted is hollow and has none; of bounds that coincide the earlier
+    label's are wider.
 
     Raises:
         ValueError: matplotlib is missing.
@@ -238,7 +239,7 @@ def _brackets(axes: Axes, drawn: dict[str, list[_Row]], styles: dict[str, Style]
                 draws = [{"mean": row["num_candidates"], "stderr": None} for row in rows]
                 _curve(axes, draws, [row[_UNIT] | ({"stderr": None} if is_distrusted(row) else {}) for row in rows], style)
                 few = [point for point, row in zip(points[label], rows, strict=True) if is_distrusted(row)]
-                axes.plot([n for n, _ in few], [mean for _, mean in few], **style | _HOLLOW)
+                axes.plot([n for n, _ in few], [mean for _, mean in few], **style | _HOLLOW, zorder=3)
 
 
 # --- style ------------------------------------------------------------------------------------------------------------------------

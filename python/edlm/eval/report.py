@@ -9,10 +9,13 @@ from textwrap import wrap
 from typing import Any
 
 from .documents import (
+    DIRECTIONS,
     FEW_DRAWS,
+    MEASURES,
     UNITS,
     Document,
     decodings,
+    digests,
     is_distrusted,
     judge_identity,
     judges,
@@ -31,22 +34,6 @@ _PAPER_JOINT = (
 )
 _FEW_DRAWS = f"{FEW_DRAWS.replace('+-', '±')} and is left out."
 _EXACT_JOINT = "With an autoregressive energy this is the likelihood of that model itself, and says nothing of decoding."
-_DIRECTIONS = {
-    "exact": "the negative log-likelihood itself; its error is that of the choice of texts.",
-    "upper bound": "at or above the negative log-likelihood, in expectation.",
-    "below in expectation": "log Z from n draws is too low on average (Jensen), and so is this number: no upper bound.",
-    "above for n large enough": "log Z estimated from above, which holds for n large enough (Deng et al., arXiv 2004.11714) and fails "
-    "for few draws of heavy-tailed weights.",
-    "no bound": "not known to be above or below the negative log-likelihood.",
-}
-_MEASURES = {
-    "nelbo": "negative ELBO of the proposal alone, whatever the energy; in continuous time or of T steps.",
-    "ar_nll": "negative log-likelihood of an autoregressive model.",
-    "joint_nll": "negative log-likelihood of texts that are drawn in one step, T = 1; the draws of a smaller n are the first of a larger one.",
-    "finite_step_elbo": "negative ELBO of T steps of the ideal energy model, not of a sampler with finitely many candidates.",
-    "sampler_elbo": "negative ELBO of the sampler that picks one of n candidates in each of T steps (window 0 1); no log Z is needed.",
-    "paper_joint": "the published perplexity formula.",
-}
 _LOG_Z = {None: _NONE, "exact": "exact", "lower": "lower", "upper_asymptotic": "upper, asymptotic"}
 _CAPTIONS = {
     "bounds_vs_n.png": "Bounds against the draws of log Z, whose error is not known below an ESS of 5",
@@ -201,27 +188,15 @@ def _words(value: Any) -> str:
     return {None: "none", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else str(value)
 
 
-def _unlike(what: str, found: Iterable[tuple[str, str | None, str]]) -> list[str]:
-    """Of (name, identity, path): a line for each name that means several things. An identity of None is not known."""
-    named: dict[str, dict[str, list[str]]] = {}
-    for name, identity, path in found:
+def _unlike(what: str, found: Iterable[tuple[str, Any, str | None, str]]) -> list[str]:
+    """Of (name, sort, identity, path): a line for each name that means several things of one sort. None is not known."""
+    named: dict[tuple[str, Any], dict[str, list[str]]] = {}
+    for name, sort, identity, path in found:
         if identity is not None:
-            paths = named.setdefault(name, {}).setdefault(identity, [])
+            paths = named.setdefault((name, sort), {}).setdefault(identity, [])
             paths += [path] if path not in paths else []
-    said = {name: " and in ".join(map(", ".join, of.values())) for name, of in named.items() if len(of) > 1}
-    return [line for name, paths in said.items() for line in (_plain(f"{what} {name} is not the same in {paths}."), "")]
-
-
-def _unlike_texts(documents: Sequence[Document], *kinds: str) -> list[str]:
-    """A digest is of the windows that were taken: it tells texts apart where their number and length are the same."""
-    found: dict[Any, list[tuple[str, str, str]]] = {}
-    for document in documents:
-        of = document.settings.get("--text")
-        for name, is_ in of.items() if document.kind in kinds and isinstance(of, dict) else ():
-            rows = [row for row in document.rows if row.get("text", name) == name]
-            sizes = frozenset((row["sequences"] if "sequences" in row else row["num_texts"], row["length"]) for row in rows)
-            found.setdefault((name, sizes), []).append((name, str(is_), document.path))
-    return [line for alike in found.values() for line in _unlike("The text", alike)]
+    said = [(name, " and in ".join(map(", ".join, of.values()))) for (name, _), of in named.items() if len(of) > 1]
+    return [line for name, paths in said for line in (_plain(f"{what} {name} is not the same in {paths}."), "")]
 
 
 def _likelihood(documents: Sequence[Document], unit: str, pictures: Sequence[str]) -> list[str]:
@@ -264,12 +239,12 @@ def _likelihood(documents: Sequence[Document], unit: str, pictures: Sequence[str
         *_table(rows),
         *notes.lines(),
     ]
-    lines += [*_unlike_texts(documents, "likelihood"), *_other_windows(found, texts)]
+    lines += [*_unlike("The text", digests(documents, "likelihood")), *_other_windows(found, texts)]
     if unit != "bits_per_character":
         lines += ["What is counted per token compares only models of one tokenizer.", ""]
     if unit == "perplexity":
         lines += ["What is said of a perplexity holds of its logarithm: it is the exponential of a figure that is so.", ""]
-    for words, at in ((_MEASURES, 1), (_DIRECTIONS, -1)):
+    for words, at in ((MEASURES, 1), (DIRECTIONS, -1)):
         there = {key[at] for key in groups}
         lines += [*(f"- {name}: {meaning}" for name, meaning in words.items() if name in there), ""]
     return lines + _pictures(pictures, "bounds_vs_n.png")
@@ -319,7 +294,7 @@ def _texts(documents: Sequence[Document], pictures: Sequence[str]) -> list[str]:
         cells |= {"NFE": _number(row["nfe"], 0), "energy NFE": _number(row["energy_nfe"], 0), "seconds": _number(row["seconds"])}
         table.append(cells)
     judged = (
-        (judge, judge_identity(document, row, judge), document.path)
+        (judge, None, judge_identity(document, row, judge), document.path)
         for document in documents
         if document.kind != "likelihood"
         for row in document.rows
@@ -335,7 +310,7 @@ def _texts(documents: Sequence[Document], pictures: Sequence[str]) -> list[str]:
         "",
         *_table(table),
         *notes.lines(),
-        *_unlike_texts(documents, "decoding", "samples"),
+        *_unlike("The text", digests(documents, "decoding", "samples")),
         *_unlike("The judge", judged),
         *_pictures(pictures, "quality_vs_steps.png", "quality_vs_seconds.png", "quality_vs_entropy.png", "ess_vs_t.png"),
     ]
