@@ -159,7 +159,7 @@ def test_transformers_models(tmp_path, monkeypatch):
         ("ngram:", r"--judge: expected KIND:WHERE or the name of a judge, got 'ngram:'"),
         ("smollm2:x", r"--judge: expected KIND:WHERE or the name of a judge, got 'smollm2:x'"),
         ("pocketsphinx:", r"--judge: expected KIND:WHERE or the name of a judge, got 'pocketsphinx:'"),
-        ("ngram:text.txt:0", r"^--judge: ngram:text.txt:0: order: expected order >= 1"),
+        ("ngram:text.txt:0", r"^--judge: ngram:text.txt:0: order: expected an int >= 1"),
         ("hf:dit", r"^--judge: hf:dit: path: expected the folder of a causal language model of transformers, got dit"),
         (
             "gguf:nothing.gguf",

@@ -28,7 +28,8 @@ def test_units() -> None:
         nats.bits_per_token().perplexity()
     with pytest.raises(ValueError, match="characters_per_token"):
         nats.bits_per_character(0.0)
-    assert math.isnan(Estimate.of(torch.tensor([1.0]), "nats/token").stderr)
+    one = Estimate.of(torch.tensor([1.0]), "nats/token")
+    assert math.isnan(one.stderr) and str(one) == "1.0000 nats/token (1 sequence)"
     with pytest.raises(ValueError, match="values: expected at least one sequence"):
         Estimate.of(torch.zeros(0), "nats/token")
 

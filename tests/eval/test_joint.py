@@ -5,13 +5,14 @@ Monte Carlo tests fix their seeds and allow 4.5 standard errors: a correct progr
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
 import torch
-from edlm.eval import ar_nll, joint_nll, log_partition_bounds, nelbo, paper_joint
-from edlm.models import ARResidualEnergy
-from exact import TabularCausalLM, all_draws, leave_one_out, log_mean, paper_joint_nats
+from edlm.eval import ar_nll, finite_step_elbo, joint_nll, log_partition_bounds, nelbo, paper_joint
+from edlm.models import ARResidualEnergy, CausalLM, CausalLMConfig, DiT, DiTConfig, NCEEnergy, NCEEnergyConfig
+from exact import TabularCausalLM, TabularDenoiser, all_draws, leave_one_out, log_mean, paper_joint_nats
 
 LENGTH = 3
 
@@ -137,6 +138,68 @@ def test_batches_leave_no_trace(universe, denoiser, rough):
     for i in range(9):
         one = paper_joint(denoiser, rough, x0[i : i + 1], num_candidates=3, num_times=2, seed=4 + i)
         assert one.lower.mean == pytest.approx(float(whole.lower.values[i]), rel=1e-12)
+
+
+@pytest.fixture(
+    params=[
+        joint_nll,
+        paper_joint,
+        functools.partial(finite_step_elbo, steps=2),
+        lambda denoiser, energy, x0: log_partition_bounds(denoiser, energy, x0, 1.0, num_candidates=2),
+    ],
+    ids=["joint_nll", "paper_joint", "finite_step_elbo", "log_partition_bounds"],
+)
+def figure(request):
+    """All that take a denoiser, an energy and tokens."""
+    return request.param
+
+
+SIZES = {"dim": 8, "num_layers": 1, "num_heads": 1}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+def test_networks_of_another_kind(universe, figure):
+    x0 = draws(universe, 2)
+    dit = DiT(DiTConfig(vocab_size=4, mask_token_id=3, **SIZES))
+    causal_lm = CausalLM(CausalLMConfig(vocab_size=3, bos_token_id=3, **SIZES))
+    nce = NCEEnergy(NCEEnergyConfig(vocab_size=4, mask_token_id=3, **SIZES))
+    for energy in (nce, ARResidualEnergy(causal_lm, mask_token_id=3)):
+        assert figure(dit, energy, x0) is not None
+        with pytest.raises(ValueError, match=f"denoiser: expected a callable xt, t -> .*, got {type(energy).__name__}"):
+            figure(energy, dit, x0)
+    traced = torch.jit.trace(lambda x0, xt, t, log_p: log_p.sum(-1), (x0[:, None], x0, torch.ones(2), torch.zeros(2, 1, LENGTH)))
+    assert figure(dit, traced, x0) is not None  # a callable without a signature
+    for wrong in (dit, None):
+        with pytest.raises(ValueError, match=f"energy: expected a callable x0, xt, t, log_p .*, got {type(wrong).__name__}"):
+            figure(dit, wrong, x0)
+    with pytest.raises(ValueError, match=r"energy: .*, got an autoregressive model \(CausalLM\); wrap it"):
+        figure(dit, causal_lm, x0)
+
+
+def test_sequences_that_are_too_long(universe, figure):
+    x0 = torch.zeros(2, 4, dtype=torch.int64)
+    long, short = (DiT(DiTConfig(vocab_size=4, mask_token_id=3, max_length=most, **SIZES)) for most in (None, 3))
+    energy = ARResidualEnergy(CausalLM(CausalLMConfig(vocab_size=3, bos_token_id=3, max_length=3, **SIZES)), mask_token_id=3)
+    for whose, denoiser in (("denoiser", short), ("energy", long)):
+        expected = rf"x[0t]: expected at most 3 tokens a sequence \(max_length of the {whose}\), got 4; cut"
+        with pytest.raises(ValueError, match=expected):
+            figure(denoiser, energy, x0)
+        assert figure(denoiser, energy, x0[:, :3]) is not None
+
+
+@pytest.mark.parametrize("function", [joint_nll, paper_joint, functools.partial(finite_step_elbo, steps=2)])
+def test_data_that_the_proposal_cannot_write(universe, p_ar, function):
+    """log mu is -inf, and so is this energy: the proposal is at fault, and not the autoregressive model."""
+
+    def never(state):
+        """Token 0 never comes."""
+        return torch.tensor([0.0, 0.5, 0.5]).double().expand(LENGTH, -1)
+
+    energy = ARResidualEnergy(TabularCausalLM(universe, p_ar), mask_token_id=universe.mask)
+    with pytest.raises(ValueError, match=r"got -inf for sequence 0, .* the denoiser gives a token of x0 the probability 0"):
+        function(TabularDenoiser(universe, never), energy, torch.zeros(1, LENGTH, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"got -inf for sequence 0, .* look at its weights"):
+        function(TabularDenoiser(universe), lambda x, xt, t, p: torch.full(x.shape[:2], -math.inf), draws(universe, 1))
 
 
 def test_errors(universe, denoiser, rough):

@@ -11,7 +11,7 @@ from edlm.data.bpe import BPETokenizer
 from edlm.eval import NGramModel
 from edlm.eval.judges import Judge, TokenJudge
 from edlm.models import CausalLM, CausalLMConfig
-from exact import TabularCausalLM, Universe
+from exact import TabularCausalLM, TabularDenoiser, Universe
 
 TEXTS = ["ab", "c", "abcabca", "bb", "cab"]
 
@@ -159,6 +159,8 @@ def test_what_raises(causal):
         TokenJudge(causal, Letters(), name="ar", batch_size=0)
     with pytest.raises(ValueError, match="max_length: expected an int >= 1, got 0"):
         TokenJudge(causal, Letters(), name="ar", max_length=0)
+    with pytest.raises(ValueError, match=r"causal_lm: expected log_probs\(.*, got TabularDenoiser"):
+        TokenJudge(TabularDenoiser(Universe(3, 3)), Letters(), name="denoiser")
     causal.log_probs = lambda x0: torch.zeros(len(x0))
     with pytest.raises(ValueError, match=r"log_probs: expected \[1, 2\]"):
         judge.score(["ab"])

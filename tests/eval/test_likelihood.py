@@ -13,6 +13,7 @@ import torch
 from edlm.diffusion import CosineSchedule, LogLinearSchedule, MaskedDiffusion, NoiseSchedule, discrete_nelbo
 from edlm.eval import ar_nll, nelbo
 from edlm.eval.likelihood import _scored
+from edlm.models import CausalLM, CausalLMConfig, DiT, DiTConfig, NCEEnergy, NCEEnergyConfig
 from exact import TabularCausalLM, TabularDenoiser, Universe
 
 UNIVERSE = Universe(num_tokens=3, length=3, seed=0)
@@ -246,6 +247,39 @@ def test_ar_nll_of_what_is_not_given() -> None:
     assert torch.allclose(estimate.values, expected, atol=1e-6)
 
 
+SIZES = {"dim": 8, "num_layers": 1, "num_heads": 1, "max_length": 3}
+
+
+def small_dit() -> DiT:
+    return DiT(DiTConfig(vocab_size=4, mask_token_id=3, **SIZES))
+
+
+def small_causal_lm() -> CausalLM:
+    return CausalLM(CausalLMConfig(vocab_size=3, bos_token_id=3, **SIZES))
+
+
+def test_networks_of_another_kind() -> None:
+    x0 = draws(2)
+    for other in (small_causal_lm(), NCEEnergy(NCEEnergyConfig(vocab_size=4, mask_token_id=3, **SIZES)), None):
+        with pytest.raises(ValueError, match=f"denoiser: expected a callable xt, t -> .*, got {type(other).__name__}"):
+            nelbo(other, x0)
+    for other in (small_dit(), None):
+        with pytest.raises(ValueError, match=rf"causal_lm: expected log_probs\(.*, got {type(other).__name__}"):
+            ar_nll(other, x0)
+    # What only hands it on is one.
+    compiled = torch.compile(small_dit(), backend="eager")
+    assert nelbo(compiled, x0).count == ar_nll(torch.compile(small_causal_lm(), backend="eager"), x0).count == 2
+
+
+def test_sequences_that_are_too_long() -> None:
+    x0 = torch.zeros(2, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"x0: expected at most 3 tokens a sequence \(max_length of the denoiser\), got 4; cut"):
+        nelbo(small_dit(), x0)
+    with pytest.raises(ValueError, match=r"x0: expected at most 3 tokens a sequence \(max_length of the causal_lm\), got 4; cut"):
+        ar_nll(small_causal_lm(), x0)
+    assert nelbo(small_dit(), x0[:, :3]).count == ar_nll(small_causal_lm(), x0[:, :3]).count == 2
+
+
 def test_errors() -> None:
     denoiser, x0 = TabularDenoiser(UNIVERSE), draws(2)
     for bad in ({"num_times": 0}, {"steps": 0}, {"batch_size": 0}):
@@ -264,18 +298,24 @@ def test_errors() -> None:
         ar_nll(Short(), x0)
 
     class Broken:
-        def log_probs(self, x0: torch.Tensor) -> torch.Tensor:
-            return torch.full(x0.shape, math.nan)
+        def __init__(self, value: float) -> None:
+            self.value = value
 
-    with pytest.raises(ValueError, match="causal_lm: expected log-probabilities, got NaN"):
-        ar_nll(Broken(), x0)
+        def log_probs(self, x0: torch.Tensor) -> torch.Tensor:
+            return torch.full(x0.shape, self.value)
+
+    for value, got in ((math.nan, "NaN"), (math.inf, r"\+inf")):
+        with pytest.raises(ValueError, match=f"causal_lm: expected log-probabilities, got {got}"):
+            ar_nll(Broken(value), x0)
+    assert ar_nll(Broken(-math.inf), x0).mean == math.inf  # what a model holds impossible
 
     class Nothing(TabularDenoiser):
         def __call__(self, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return super().__call__(xt, t) * math.nan
 
     with pytest.raises(ValueError, match="denoiser: expected log-probabilities, got NaN"):
-        nelbo(Nothing(UNIVERSE), x0)
+        nelbo(nothing := Nothing(UNIVERSE), x0, batch_size=1)
+    assert nothing.calls == 1  # the first batch is enough
     for function in (
         lambda g: nelbo(denoiser, x0, given=g),
         lambda g: ar_nll(TabularCausalLM(UNIVERSE, UNIVERSE.q), x0, given=g),

@@ -241,6 +241,8 @@ def test_errors() -> None:
         HarnessLM(dit(), Letters())
     with pytest.raises(ValueError, match="got '!' behind 'a dog'"):
         HarnessLM(dit(), CharTokenizer()).loglikelihood(requests(("a dog", "!")))
+    with pytest.raises(ValueError, match="got '' behind 'a dog'; the request's continuation is empty"):
+        HarnessLM(dit(), CharTokenizer()).loglikelihood(requests(("a dog", "")))
     with pytest.raises(ValueError, match="num_times: expected an int >= 1, got 0"):
         HarnessLM(dit(), CharTokenizer(), num_times=0).loglikelihood(requests(("a", "b")))
     with pytest.warns(UserWarning, match="offers no extend and head"):

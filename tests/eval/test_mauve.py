@@ -6,6 +6,8 @@ import pytest
 import torch
 from edlm.eval.mauve import mauve
 
+pytestmark = pytest.mark.filterwarnings("ignore:mauve. .* texts are few")
+
 
 def clusters(n: int, shares: list[float], seed: int) -> torch.Tensor:
     """[n, 16]: tight clusters on different axes, in these shares."""
@@ -52,6 +54,18 @@ def test_the_ends() -> None:
 def test_a_set_is_itself(features: torch.Tensor) -> None:
     """Histograms that are equal to the last bit too, of which the curve is one point."""
     assert mauve(features, features.clone(), seed=1) == 1.0
+
+
+def test_few_texts_are_warned_of(recwarn: pytest.WarningsRecorder) -> None:
+    many, few = clusters(100, [0.5, 0.5], 0), clusters(98, [0.5, 0.5], 1)
+    for sets in ((few, many), (many, few)):
+        with pytest.warns(
+            UserWarning, match=r"mauve: 98 texts are few: .* close to 1 whatever the texts; take at least 100"
+        ) as found:
+            mauve(*sets, seed=0)
+        assert found[0].filename == __file__
+    mauve(many, many, seed=0)
+    assert not recwarn
 
 
 def test_errors() -> None:

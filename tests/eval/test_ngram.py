@@ -87,6 +87,11 @@ def test_short_texts_and_errors() -> None:
         model.log_probs(torch.tensor([[0, 2]]))
     with pytest.raises(ValueError, match="order: expected"):
         NGramModel(torch.tensor([1]), 50257, order=5)
+    for order in (2.5, 0, True):
+        with pytest.raises(ValueError, match=f"order: expected an int >= 1, got {order}"):
+            NGramModel(torch.tensor([1]), 5, order=order)
+    with pytest.raises(ValueError, match="vocab_size: expected an int >= 1, got 0"):
+        NGramModel(torch.tensor([1]), 0)
     with pytest.raises(ValueError, match="at least one token"):
         NGramModel(torch.zeros(0, dtype=torch.int64), 5)
     with pytest.raises(ValueError, match="expected integers"):

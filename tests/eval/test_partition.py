@@ -183,6 +183,9 @@ def test_errors(universe, denoiser, rough):
         log_partition_bounds(denoiser, rough, xt, 1.5, num_candidates=4)
     with pytest.raises(ValueError, match=r"energy: expected floating \[..., n\]"):
         log_Z_lower(torch.zeros(3, dtype=torch.int64))
+    for function in (log_Z_lower, log_Z_upper_asymptotic):
+        with pytest.raises(ValueError, match=r"energy: expected floating \[..., n\] .*, got list; make it a tensor"):
+            function([1.0, 2.0])
     with pytest.raises(ValueError, match="mask_token_id: expected the denoiser's mask"):
         ARResidualEnergy(TabularCausalLM(universe, universe.q)).log_Z(xt)
 

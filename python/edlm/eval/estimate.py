@@ -81,4 +81,5 @@ class Estimate:
         return Estimate(mean=value, stderr=value * nats.stderr, count=self.count, unit="perplexity")
 
     def __str__(self) -> str:
-        return f"{self.mean:.4f} +- {self.stderr:.4f} {self.unit} ({self.count} sequences)"
+        error = "" if math.isnan(self.stderr) else f" +- {self.stderr:.4f}"  # nothing is known of one sequence's
+        return f"{self.mean:.4f}{error} {self.unit} ({self.count} sequence{'' if self.count == 1 else 's'})"

@@ -12,7 +12,7 @@ from ..ops.importance import _leave_one_out
 from ..protocols import Denoiser, EnergyModel
 from ..samplers.evaluating import evaluating
 from .joint import EnergyEstimate, check_no_masks, estimate_of
-from .likelihood import check_data, device_of, draws_of, ordered_masks
+from .likelihood import check_data, check_denoising, device_of, draws_of, ordered_masks
 from .partition import (
     check_num_candidates,
     check_possible,
@@ -64,21 +64,25 @@ def finite_step_elbo(
         steps: T >= 1 on the grid t_i = 1 - i/T; it may be larger than L.
         num_candidates: n >= 2 completions of each xt. num_times: draws a sequence, stratified over the positions in order of opening.
         schedule: with eps = 0; log-linear if None.
-        seed: an int s (sequence i draws with s + i) or int64 [N]. batch_size: rows (sequence, draw) in one call of the denoiser.
+        seed: an int s (sequence i draws with s + i) or int64 [N]. Ints closer than N share draws among sequences: repeat with seeds N
+            apart.
+        batch_size: rows (sequence, draw) in one call of the denoiser.
         energy_batch_size: completed sequences in one call of the energy; each row has up to 2 n + 1.
 
     Returns:
-        EnergyEstimate, standard errors over sequences.
+        EnergyEstimate, standard errors over sequences. ``ess`` is the mean over draws of the smaller of two: that of the n weights of Z
+        and that of the n of E_rest, whether log Z is known or not. It says nothing of ``exact``.
 
     Raises:
-        ValueError: wrong shapes; masks in x0; n < 2; a schedule with eps > 0 (a part of the bound would be missing); energies that are
-            NaN or -inf.
+        ValueError: other networks; wrong shapes; sequences longer than a ``max_length``; masks in x0; n < 2; a schedule with
+            eps > 0 (a part of the bound would be missing); energies that are NaN or -inf.
 
     RNG: draw k = 0, 1, ... of sequence i takes the position of rank L (k + u) / num_times, u from Philox(seed[i]; 0, 0, k, TIME);
     positions open by Philox(seed[i]; position, 0, k, CORRUPT) and are completed with Philox(seed[i]; position, j, k, TOKEN).
     """
     check_data(x0, steps=steps, num_times=num_times, batch_size=batch_size, energy_batch_size=energy_batch_size)
     check_num_candidates(num_candidates)
+    check_denoising("x0", x0, denoiser, energy)
     check_no_masks(denoiser, x0)
     schedule = LogLinearSchedule(eps=0.0) if schedule is None else schedule
     if schedule.eps > 0:

@@ -10,7 +10,7 @@ from ..diffusion.completions import completions
 from ..protocols import Denoiser, EnergyModel
 from ..samplers.evaluating import evaluating
 from .estimate import Estimate
-from .likelihood import check_data, device_of, draws_of, ordered_masks
+from .likelihood import check_data, check_denoising, device_of, draws_of, ordered_masks
 from .partition import (
     PartitionBounds,
     check_num_candidates,
@@ -66,12 +66,14 @@ def joint_nll(
         the figure is the autoregressive model's own likelihood.
 
     Raises:
-        ValueError: wrong shapes; masks in x0; n < 2; energies that are NaN or -inf.
+        ValueError: other networks; wrong shapes; sequences longer than a ``max_length``; masks in x0; n < 2; energies that are
+            NaN or -inf.
 
     RNG: Philox(seed; i, k, 0, TOKEN).
     Source: Xu et al., arXiv 2410.21357, section 4 and Theorem 1.
     """
     check_data(x0, batch_size=batch_size)
+    check_denoising("x0", x0, denoiser, energy)
     check_no_masks(denoiser, x0)
     if log_Z is not None and log_Z.log_Z_lower.shape != (1,):
         raise ValueError(
@@ -128,20 +130,24 @@ def paper_joint(
     Args:
         denoiser, energy: as ``edlm.samplers.generate`` takes them. x0: int64 [N, L] without masks.
         num_candidates: n >= 2 draws for the log Z of each xt. num_times: draws of xt a sequence, stratified over how many are masked.
-        seed: an int s (sequence i draws with s + i) or int64 [N]. batch_size: rows (sequence, draw) in one call of the denoiser.
+        seed: an int s (sequence i draws with s + i) or int64 [N]. Ints closer than N share draws among sequences: repeat with seeds N
+            apart.
+        batch_size: rows (sequence, draw) in one call of the denoiser.
         energy_batch_size: completed sequences in one call of the energy; each row has n + 1.
 
     Returns:
         EnergyEstimate, standard errors over sequences.
 
     Raises:
-        ValueError: wrong shapes; masks in x0; n < 2; energies that are NaN or -inf.
+        ValueError: other networks; wrong shapes; sequences longer than a ``max_length``; masks in x0; n < 2; energies that are
+            NaN or -inf.
 
     RNG: xt of draw k as ``nelbo``; its completions Philox(seed[i]; position, j, k, TOKEN).
     Source: Xu et al., arXiv 2410.21357, section 4; what it is not: docs/algorithms.md, section 10.
     """
     check_data(x0, num_times=num_times, batch_size=batch_size, energy_batch_size=energy_batch_size)
     check_num_candidates(num_candidates)
+    check_denoising("x0", x0, denoiser, energy)
     check_no_masks(denoiser, x0)
     length, table = x0.shape[1], []
     with torch.no_grad(), evaluating(denoiser, energy):

@@ -19,7 +19,7 @@ import torch
 
 from ..protocols import CausalLM, Tokenizer
 from ..samplers.evaluating import evaluating
-from .likelihood import device_of
+from .likelihood import check_causal_lm, device_of
 
 _NOWHERE, _ELSEWHERE = "\uffff", "\ufdd0"  # no character: what a tokenizer makes of it, it makes of all that it does not know
 
@@ -171,7 +171,7 @@ class TokenJudge:
         max_length: tokens of a piece at most; by default the model's own ``max_length``, or any number where it has none.
 
     Raises:
-        ValueError: counts below 1.
+        ValueError: a model without ``log_probs``; counts below 1.
     """
 
     def __init__(
@@ -183,6 +183,7 @@ class TokenJudge:
         batch_size: int = 64,
         max_length: int | None = None,
     ) -> None:
+        check_causal_lm(causal_lm)
         check_count("batch_size", batch_size)
         self.max_length = getattr(causal_lm, "max_length", None) if max_length is None else max_length
         if self.max_length is not None:

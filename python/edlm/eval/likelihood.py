@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -12,7 +14,8 @@ from ..diffusion.loss import step_weight
 from ..diffusion.process import check_tokens, corruption_uniforms
 from ..ops import Purpose, philox_uniform
 from ..ops._philox import expand_seed
-from ..protocols import CausalLM, Denoiser
+from ..protocols import CausalLM, Denoiser, EnergyModel, offers_head
+from ..samplers.arguments import check_denoiser, check_energy
 from ..samplers.evaluating import evaluating
 from .estimate import Estimate
 
@@ -30,6 +33,53 @@ def check_data(x0: torch.Tensor, **counts: int) -> None:
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
+
+
+def _takes(call: object, count: int) -> bool:
+    """Whether it can be called with so many arguments, as far as it says."""
+    try:
+        inspect.signature(call.forward if isinstance(call, torch.nn.Module) else call).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # a callable without a signature
+        pass
+    return True
+
+
+def check_causal_lm(causal_lm: CausalLM) -> None:
+    if not callable(getattr(causal_lm, "log_probs", None)):  # isinstance misses what a wrapper hands on
+        raise ValueError(
+            f"causal_lm: expected log_probs(x0 [N, L]) -> [N, L] (edlm.protocols.CausalLM), got {type(causal_lm).__name__}; "
+            "edlm.eval.nelbo is for denoisers"
+        )
+
+
+def check_denoising(name: str, tokens: torch.Tensor, denoiser: Denoiser, *energy: EnergyModel) -> None:
+    """Raises ValueError unless each is what ``generate`` takes in its place, and reads so many tokens ([N, L], called ``name``)."""
+    if not _takes(denoiser.hidden if offers_head(denoiser) else denoiser, 2):
+        raise ValueError(
+            "denoiser: expected a callable xt, t -> logits, or hidden and head (edlm.protocols.Denoiser), got "
+            f"{type(denoiser).__name__}; an energy comes behind the denoiser, and edlm.eval.ar_nll is for autoregressive models"
+        )
+    vocabulary = check_denoiser(denoiser)
+    check_length(name, tokens, "denoiser", denoiser)
+    for model in energy:
+        check_energy(model, 1.0, *vocabulary)
+        if not _takes(model, 4):
+            raise ValueError(
+                "energy: expected a callable x0, xt, t, log_p -> [B, K] (edlm.protocols.EnergyModel), got "
+                f"{type(model).__name__}; a denoiser comes before its energy"
+            )
+        check_length(name, tokens, "energy", model)
+
+
+def check_length(name: str, tokens: torch.Tensor, whose: str, network: object) -> None:
+    most = getattr(network, "max_length", None)
+    if most is not None and tokens.shape[1] > most:
+        raise ValueError(
+            f"{name}: expected at most {most} tokens a sequence (max_length of the {whose}), got {tokens.shape[1]}; cut the text into "
+            "shorter sequences"
+        )
 
 
 def _scored(given: torch.Tensor | None, x0: torch.Tensor) -> torch.Tensor:
@@ -108,7 +158,8 @@ def nelbo(
         num_times: draws a sequence, stratified over n (or over the steps) within it.
         given: bool [N, L] or None: positions that are never masked, and not scored. The figure is then a bound of -log p(the others |
             these), a token being one of the others, and L the number of them.
-        seed: an int s (sequence i draws with s + i) or int64 [N].
+        seed: an int s (sequence i draws with s + i) or int64 [N]. Ints closer than N share draws among sequences: repeat with seeds N
+            apart.
         batch_size: rows (sequence, draw) in one call. It does not change the draws.
 
     Returns:
@@ -116,13 +167,15 @@ def nelbo(
         independent ones; neighbouring pieces of one text are not quite that.
 
     Raises:
-        ValueError: wrong shapes; masks in x0; counts below 1; a sequence of which nothing is scored.
+        ValueError: no denoiser; wrong shapes; sequences longer than its ``max_length``; masks in x0; counts below 1; a sequence of
+            which nothing is scored; log-probabilities that are NaN.
 
     RNG: draw k = 0, 1, ... of sequence i lies at (k + u) / num_times of the range of n, u from Philox(seed[i]; 0, 0, k, TIME), and
     masks with Philox(seed[i]; position, 0, k, CORRUPT).
     Source: Sahoo et al., arXiv 2406.07524 (continuous-time NELBO); the form over n: Ou et al., arXiv 2406.03736.
     """
     check_data(x0, num_times=num_times, batch_size=batch_size, **({} if steps is None else {"steps": steps}))
+    check_denoising("x0", x0, denoiser)
     scored = _scored(given, x0)
     given = None if given is None else given.to(x0.device)
     diffusion = MaskedDiffusion(LogLinearSchedule(eps=0.0) if schedule is None else schedule, denoiser.mask_token_id)
@@ -137,8 +190,11 @@ def nelbo(
             else:
                 nats = _stepwise(denoiser, rows.x0, diffusion, u, rows.v, steps)
             values[rows.place] = nats.cpu()
-    if bool(values.isnan().any()):
-        raise ValueError("denoiser: expected log-probabilities, got NaN; its weights or its dtype are to blame")
+            if bool(values[rows.place].isnan().any()):
+                raise ValueError(
+                    "denoiser: expected log-probabilities, got NaN, of logits that are NaN or +inf, or none of them finite; its "
+                    "weights or its dtype are to blame"
+                )
     return Estimate.of(values.view(len(x0), num_times).mean(1) / scored.cpu(), "nats/token")
 
 
@@ -185,9 +241,12 @@ def ar_nll(causal_lm: CausalLM, x0: torch.Tensor, *, given: torch.Tensor | None 
         Estimate, with one value a sequence.
 
     Raises:
-        ValueError: wrong shapes, of the model's answer as well; a sequence of which nothing is scored; a NaN log-probability.
+        ValueError: no such model; wrong shapes, of its answer as well; sequences longer than its ``max_length``; a sequence of which
+            nothing is scored; a log-probability that is NaN or +inf.
     """
     check_data(x0, batch_size=batch_size)
+    check_causal_lm(causal_lm)
+    check_length("x0", x0, "causal_lm", causal_lm)
     scored, values = _scored(given, x0).cpu(), []
     with torch.no_grad(), evaluating(causal_lm):
         for index in torch.arange(len(x0), device=x0.device).split(batch_size):
@@ -205,6 +264,7 @@ def scores_of(causal_lm: CausalLM, tokens: torch.Tensor) -> torch.Tensor:
         raise ValueError(
             f"causal_lm: expected log_probs {list(tokens.shape)}, the first token's included, got {list(log_probs.shape)}"
         )
-    if bool(log_probs.isnan().any()):
-        raise ValueError("causal_lm: expected log-probabilities, got NaN; its weights or its dtype are to blame")
+    if not bool((log_probs < math.inf).all()):
+        got = "NaN" if bool(log_probs.isnan().any()) else "+inf"
+        raise ValueError(f"causal_lm: expected log-probabilities, got {got}; its weights or its dtype are to blame")
     return log_probs

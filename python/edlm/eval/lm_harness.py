@@ -164,9 +164,10 @@ class HarnessLM(LM):
         given = len(self._encode(visible))
         scored = len(ids) - given
         if scored < 1:
+            why = "this tokenizer cannot serve the task" if continuation else "the request's continuation is empty: leave it out"
             raise ValueError(
                 f"continuation: expected text with a token of its own behind the context, got {continuation!r} behind "
-                f"{visible[-40:]!r}; this tokenizer cannot serve the task"
+                f"{visible[-40:]!r}; {why}"
             )
         if self.max_length is not None and scored > self.max_length:
             raise ValueError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from .judges import check_count
+
 
 class NGramModel:
     """Interpolated Witten-Bell n-grams over token ids; fits the CausalLM protocol.
@@ -23,7 +25,7 @@ class NGramModel:
         order: n >= 1, with V**n < 2**63.
 
     Raises:
-        ValueError: ids outside the vocabulary; an empty text; an order too high for V.
+        ValueError: numbers that are no int >= 1; ids outside the vocabulary; an empty text; an order too high for V.
 
     Cost: a sort of the text for each order; memory for its distinct n-grams.
     Source: Witten and Bell, IEEE Transactions on Information Theory 37(4), 1991, method C; interpolation as in Chen and Goodman,
@@ -31,10 +33,11 @@ class NGramModel:
     """
 
     def __init__(self, tokens: torch.Tensor | np.ndarray, vocab_size: int, *, order: int = 6) -> None:
-        if vocab_size < 1 or order < 1 or vocab_size**order >= 2**63:
+        check_count("vocab_size", vocab_size)
+        check_count("order", order)
+        if vocab_size**order >= 2**63:
             raise ValueError(
-                f"order: expected order >= 1 and vocab_size**order < 2**63, got order {order} with vocab_size {vocab_size}; "
-                "lower the order"
+                f"order: expected vocab_size**order < 2**63, got order {order} with vocab_size {vocab_size}; lower the order"
             )
         self.vocab_size, self.order = vocab_size, order
         rows = self._ids(tokens)

@@ -13,7 +13,7 @@ from ..ops._philox import expand_offset, expand_seed
 from ..ops.importance import _leave_one_out
 from ..protocols import Denoiser, EnergyModel
 from ..samplers.evaluating import evaluating
-from .likelihood import device_of
+from .likelihood import check_denoising, device_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ def log_Z_lower(energy: torch.Tensor) -> torch.Tensor:
         energy: of n independent draws from the proposal, nats; +inf is a weight of 0.
 
     Raises:
-        ValueError: no draw; a NaN or -inf energy.
+        ValueError: no tensor; no draw; a NaN or -inf energy.
     """
     log_w = _log_weights(energy)
     return log_w.logsumexp(-1) - math.log(log_w.shape[-1])
@@ -56,17 +56,17 @@ def log_Z_upper_asymptotic(energy: torch.Tensor) -> torch.Tensor:
         float64 [...]; +inf where the estimate rests on one draw whose absence leaves a weight of 0.
 
     Raises:
-        ValueError: n < 2; a NaN or -inf energy.
+        ValueError: no tensor; n < 2; a NaN or -inf energy.
 
     Source: Xu et al., arXiv 2410.21357, Theorem 1; Deng et al., arXiv 2004.11714.
     """
-    n = energy.shape[-1] if energy.dim() else 0
+    log_w = _log_weights(energy)
+    n = log_w.shape[-1]
     if n < 2:
         raise ValueError(
             f"energy: expected at least 2 draws for the leave-one-out estimate of log Z, got {n}; draw more (num_candidates), or take "
             "log_Z_lower alone"
         )
-    log_w = _log_weights(energy)
     t_n = log_w.logsumexp(-1) - math.log(n)
     without = _leave_one_out(log_w.flatten(0, -2) if log_w.dim() > 1 else log_w[None]).mean(-1).view(t_n.shape)
     # As a correction of T_n, not as a difference of two large numbers; all weights 0 is -inf, not NaN.
@@ -91,8 +91,10 @@ def effective_size(energy: torch.Tensor) -> torch.Tensor:
 
 
 def _log_weights(energy: torch.Tensor) -> torch.Tensor:
-    if energy.dim() < 1 or energy.shape[-1] < 1 or not energy.is_floating_point():
-        raise ValueError(f"energy: expected floating [..., n] with n >= 1 draws, got {energy.dtype} {list(energy.shape)}")
+    tensor = isinstance(energy, torch.Tensor)
+    if not tensor or energy.dim() < 1 or energy.shape[-1] < 1 or not energy.is_floating_point():
+        got = f"{energy.dtype} {list(energy.shape)}" if tensor else f"{type(energy).__name__}; make it a tensor"
+        raise ValueError(f"energy: expected floating [..., n] with n >= 1 draws, got {got}")
     wrong = energy.isnan() | (energy == -math.inf)
     if bool(wrong.any()):
         raise ValueError(
@@ -122,14 +124,15 @@ def log_partition_bounds(
         energy_batch_size: completed sequences in one call of the energy.
 
     Raises:
-        ValueError: shapes that do not fit; n < 2; energies that are NaN or -inf (with state and draw), or +inf for all
-            draws of a state.
+        ValueError: other networks; shapes that do not fit; states longer than a ``max_length``; n < 2; energies that are NaN or -inf
+            (with state and draw), or +inf for all draws of a state.
 
     RNG: draw k as candidate k of ``sample_candidates``: Philox(seed[b]; i, k, offset, TOKEN).
     Source: Xu et al., arXiv 2410.21357, Theorem 1.
     """
     check_tokens("xt", xt)
     check_num_candidates(num_candidates)
+    check_denoising("xt", xt, denoiser, energy)
     xt = xt.to(device_of(denoiser, xt))
     t = check_times("t", t, len(xt), xt.device).float()
     seeds = expand_seed(seed, len(xt), xt.device)
@@ -201,8 +204,10 @@ def energies_of(
     wrong = result.isnan() | (result == -math.inf)
     if bool(wrong.any()):
         b, j = wrong.nonzero()[0].tolist()
+        why = "look at its weights, and for a dtype too narrow"
+        if bool((log_p[b, j] == -math.inf).any()):
+            why = "the denoiser gives a token of x0 the probability 0 there (log_p = -inf): look at its logits first"
         raise ValueError(
-            f"energy: expected numbers above -inf, got {result[b, j].item()} for sequence {b}, candidate {j} of the batch; "
-            "look at its weights, and for a dtype too narrow"
+            f"energy: expected numbers above -inf, got {result[b, j].item()} for sequence {b}, candidate {j} of the batch; {why}"
         )
     return result
