@@ -92,6 +92,7 @@ def _likelihood(document: dict[str, Any], unit: str) -> list[str]:
         row = next(iter(columns.values()))
         ess = [column["ess"]["mean"] for column in columns.values() if column["ess"] is not None]
         doubted = any(is_distrusted(column) for column in columns.values())
+        shown = f"{math.floor(100 * min(ess) + 1e-6) / 100:.2f}" if ess else ""  # 1.9997 is below 2
         seconds = sum(column["sequences"] / column["sequences_per_second"] for column in columns.values())
         lines.append(
             [
@@ -99,7 +100,7 @@ def _likelihood(document: dict[str, Any], unit: str) -> list[str]:
                 *([_LOG_Z[log_Z]] if with_energy else []),
                 "not to be trusted" if doubted else direction,
                 *(estimate(columns[text][key]) if text in columns else "-" for text in texts),
-                *([f"{math.floor(100 * min(ess) + 1e-6) / 100:.2f} of {row['num_candidates']}{' !' * doubted}" if ess else "-"] if with_energy else []),
+                *([f"{shown} of {row['num_candidates']}{' !' * doubted}" if ess else "-"] if with_energy else []),
                 f"{sum(column['sequences'] for column in columns.values()) / seconds:.3g}",
             ]
         )

@@ -72,7 +72,11 @@ class Scorer:
                 )
             try:
                 self._features = featuring, featuring.features([text for text in reference if text])
-                self._mauve(self._features[1])  # too few texts, a seed too large, no package: known before anything is decoded
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)  # every row says what there is to warn of
+                    self._mauve(
+                        self._features[1]
+                    )  # too few texts, a seed too large, no package: known before anything is decoded
             except (ValueError, ImportError) as error:
                 raise ValueError(f"--mauve: {error}") from error
 
