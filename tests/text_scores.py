@@ -1,4 +1,4 @@
-"""What edlm eval has to say of a set of texts, from edlm.eval itself."""
+"""What edlm eval has to say of a set of texts, from edlm.eval itself, and the folder in which it is asked."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import pytest
 import torch
 from edlm.cli.judges import open_judge
 from edlm.eval import distinct_n, generative_perplexity, repetition, self_bleu, unigram_entropy
+from tiny_run import write_text
+from untrained import save_models
+
+JUDGE = ("--judge", "ngram:judge.txt", "--judge", "ngram:judge.txt:2")
+DECODE = ("--num-texts", 7, "--length", 24, "--batch-size", 3, "--text", "text.txt", "--device", "cpu")
+
+
+def write_models_and_texts(folder):
+    save_models(folder)
+    write_text(folder)
+    write_text(folder, 500, "judge.txt", seed=1)
 
 
 def plain(estimate):

@@ -42,3 +42,16 @@ def document(edlm):
         return json.loads(out)
 
     return run
+
+
+@pytest.fixture
+def refused(edlm):
+    """refused("eval", "dit", ...) -> what is said of it: one line on stderr, code 2 and no output."""
+
+    def run(*arguments):
+        code, out, err = edlm(*arguments)
+        assert (code, out) == (2, "")
+        assert err.startswith("edlm: error: ") and err.count("\n") == 1 and err.endswith("\n")
+        return err
+
+    return run
